@@ -1,0 +1,1 @@
+"""The servers that replay sends to: attached by URL, launched vLLM, the simulated engine."""

@@ -1,0 +1,1 @@
+"""GPUs behind one Protocol: NVML and a simulated board; locking clocks; sampling power."""

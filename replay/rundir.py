@@ -1,0 +1,279 @@
+"""The run directory: its tables and manifest, written part by part, readable at any moment.
+
+While a run goes on a table is a folder `NAME.parquet/part-*.parquet`; `compact` makes it one file at the end.
+A reader sees the same rows either way. Only this module is seen by `analysis`.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from tracegen.errors import RunError
+from tracegen.schema import TRACE, TRACE_OPTIONAL, write_parquet
+
+SCHEMA_VERSION = "1.0"
+MANIFEST = "manifest.json"
+
+REQUESTS = pl.Schema(
+    {
+        "request_id": pl.UInt64(),
+        "instance": pl.UInt16(),
+        "scheduled_ns": pl.Int64(),
+        "sent_ns": pl.Int64(),
+        "headers_ns": pl.Int64(),
+        "first_token_ns": pl.Int64(),
+        "last_token_ns": pl.Int64(),
+        "done_ns": pl.Int64(),
+        "input_tokens": pl.UInt32(),  # as the server counted
+        "output_tokens": pl.UInt32(),  # as the server counted
+        "output_tokens_wanted": pl.UInt32(),
+        "cached_tokens": pl.UInt32(),
+        "status": pl.String(),
+        "http_status": pl.UInt16(),
+        "error": pl.String(),
+        "worker": pl.UInt16(),
+    }
+)
+REQUESTS_OPTIONAL = pl.Schema({"chunk_ns": pl.List(pl.Int64()), "chunk_tokens": pl.List(pl.UInt16())})
+STATUSES = ("ok", "http_error", "stream_error", "connect_error", "timeout", "aborted", "length_mismatch")
+
+STEPS = pl.Schema(
+    {
+        "instance": pl.UInt16(),
+        "step": pl.UInt64(),
+        "start_ns": pl.Int64(),
+        "end_ns": pl.Int64(),
+        "prefill_tokens": pl.UInt32(),
+        "decode_tokens": pl.UInt32(),
+        "context_tokens": pl.UInt64(),  # sum of the contexts that decode reads, without the step's own tokens
+        "prefill_attention": pl.UInt64(),  # sum over prefill chunks of chunk x (tokens before it + chunk / 2)
+        "requests": pl.UInt32(),
+        "waiting": pl.UInt32(),
+        "kv_usage": pl.Float32(),
+    }
+)
+SEGMENTS = pl.Schema(
+    {
+        "instance": pl.UInt16(),
+        "request_id": pl.UInt64(),  # null: warm-up or not ours
+        "first_step": pl.UInt64(),
+        "last_step": pl.UInt64(),  # inclusive
+        "kind": pl.String(),  # prefill | decode
+        "tokens_per_step": pl.UInt32(),
+        "context_start": pl.UInt32(),  # tokens before first_step
+    }
+)
+POWER = pl.Schema(
+    {
+        "t_ns": pl.Int64(),  # polled
+        "sensor_ns": pl.Int64(),  # when the sensor updated
+        "host": pl.String(),
+        "gpu": pl.UInt16(),  # NVML index
+        "power_instant_mw": pl.UInt32(),
+        "power_average_mw": pl.UInt32(),
+        "energy_mj": pl.UInt64(),
+        "sm_clock_mhz": pl.UInt32(),
+        "mem_clock_mhz": pl.UInt32(),
+        "temperature_c": pl.UInt16(),
+        "utilization": pl.UInt8(),
+        "throttle_reasons": pl.UInt64(),
+    }
+)
+SERVER_METRICS = pl.Schema(
+    {
+        "t_ns": pl.Int64(),
+        "instance": pl.UInt16(),
+        "name": pl.String(),
+        "labels": pl.String(),
+        "value": pl.Float64(),
+    }
+)
+TRUTH = pl.Schema(
+    {
+        "request_id": pl.UInt64(),
+        "energy_j": pl.Float64(),
+        "prefill_j": pl.Float64(),
+        "decode_j": pl.Float64(),
+    }
+)
+
+TABLES: dict[str, pl.Schema] = {
+    "trace": TRACE,
+    "requests": REQUESTS,
+    "steps": STEPS,
+    "segments": SEGMENTS,
+    "power": POWER,
+    "server_metrics": SERVER_METRICS,
+    "truth": TRUTH,
+}
+_OPTIONAL: dict[str, pl.Schema] = {"trace": TRACE_OPTIONAL, "requests": REQUESTS_OPTIONAL}
+
+
+def check_table(frame: pl.LazyFrame, table: str, source: Path) -> pl.LazyFrame:
+    """`frame` with the known columns of `table` in their types; unknown columns are kept.
+
+    Raises `RunError` naming the file and the column that is missing or of another type.
+    """
+    have = frame.collect_schema()
+    casts = []
+    for name, dtype in TABLES[table].items():
+        if name not in have:
+            raise RunError(f"{source}: column '{name}' is missing; a {table} table has {', '.join(TABLES[table])}")
+    known = {**TABLES[table], **_OPTIONAL.get(table, {})}
+    for name, dtype in known.items():
+        if name not in have or have[name] == dtype:
+            continue
+        if not _convertible(have[name], dtype):
+            raise RunError(f"{source}: column '{name}' is {have[name]}, not {dtype}")
+        casts.append(pl.col(name).cast(dtype))
+    return frame.with_columns(casts) if casts else frame
+
+
+def _convertible(have: pl.DataType, want: pl.DataType) -> bool:
+    """Whether a column written by another program as `have` may be read as `want` without losing its meaning."""
+    if isinstance(have, pl.List) and isinstance(want, pl.List):
+        return _convertible(pl.DataType.from_python(int) if have.inner is None else _dtype(have.inner), _dtype(want.inner))
+    if have == pl.Null:
+        return True
+    if want == pl.String:
+        return have in {pl.Categorical, pl.Enum}
+    return (have.is_integer() and want.is_numeric()) or (have.is_float() and want.is_float())
+
+
+def _dtype(inner: Any) -> pl.DataType:
+    """An inner type as an instance, whichever way it was written."""
+    return inner if isinstance(inner, pl.DataType) else inner()
+
+
+class PartWriter:
+    """Appends frames to one table of a run directory as Parquet parts, each renamed into place when whole."""
+
+    def __init__(self, run_dir: Path, table: str, *, prefix: str = "part") -> None:
+        """`prefix` tells the parts of several writers of one table apart."""
+        self._folder = run_dir / f"{table}.parquet"
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._table = table
+        self._prefix = prefix
+        self._count = 0
+
+    def append(self, frame: pl.DataFrame) -> None:
+        """Write `frame` (with all the table's columns) as the next part; an empty frame writes nothing."""
+        if frame.is_empty():
+            return
+        path = self._folder / f"{self._prefix}-{self._count:06d}.parquet"
+        checked = check_table(frame.lazy(), self._table, path).collect()
+        write_parquet(checked.to_arrow(compat_level=pl.CompatLevel.oldest()), path)
+        self._count += 1
+
+
+def scan_table(run_dir: Path, table: str) -> pl.LazyFrame:
+    """The rows of `table`, checked, in the order written, whether still in parts or compacted.
+
+    Raises `RunError` when the table is missing, empty of parts, unreadable or of another shape.
+    """
+    path = run_dir / f"{table}.parquet"
+    if not has_table(run_dir, table):
+        raise RunError(f"{run_dir}: has no table {table}.parquet")
+    try:
+        if path.is_dir():
+            # Parts may differ in optional columns.
+            frame = pl.scan_parquet(
+                sorted(path.glob("*-*.parquet")), missing_columns="insert", extra_columns="ignore"
+            )
+        else:
+            frame = pl.scan_parquet(path)
+        return check_table(frame, table, path)
+    except (pl.exceptions.PolarsError, OSError) as error:
+        raise RunError(f"{path}: not readable as Parquet ({str(error).splitlines()[0]})") from None
+
+
+def has_table(run_dir: Path, table: str) -> bool:
+    """Whether `run_dir` has at least one readable file of `table`."""
+    path = run_dir / f"{table}.parquet"
+    return path.is_file() or (path.is_dir() and any(path.glob("*-*.parquet")))
+
+
+def compact(run_dir: Path, table: str, *, sort_by: str | None = None) -> None:
+    """Make a table's parts one file, sorted by `sort_by` where given; a table without parts becomes an empty file."""
+    folder = run_dir / f"{table}.parquet"
+    if not folder.is_dir():
+        return
+    frame = scan_table(run_dir, table).collect() if has_table(run_dir, table) else TABLES[table].to_frame()
+    if sort_by:
+        frame = frame.sort(sort_by, maintain_order=True)
+    # A folder and a file cannot share a name: write the file beside it, move the folder away, then rename.
+    whole = run_dir / f".{table}.whole.parquet"
+    write_parquet(frame.to_arrow(compat_level=pl.CompatLevel.oldest()), whole)
+    aside = run_dir / f".{table}.parts"
+    folder.rename(aside)
+    whole.replace(folder)
+    for part in aside.iterdir():
+        part.unlink()
+    aside.rmdir()
+
+
+def write_manifest(run_dir: Path, manifest: Mapping[str, Any]) -> None:
+    """Write `manifest.json` by rename."""
+    path = run_dir / MANIFEST
+    partial = run_dir / f".{MANIFEST}.partial"
+    text = json.dumps({"schema_version": SCHEMA_VERSION, **manifest}, indent=2, allow_nan=False, default=str)
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def read_manifest(run_dir: Path) -> dict[str, Any]:
+    """The manifest of `run_dir`. Raises `RunError` when it is missing, broken or of a newer major version."""
+    path = run_dir / MANIFEST
+    if not run_dir.is_dir():
+        raise RunError(f"{run_dir}: no such run directory; 'replay run TRACE' writes one under runs/")
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RunError(f"{run_dir}: has no {MANIFEST}, so it is not a run directory") from None
+    except ValueError as error:
+        raise RunError(f"{path}: not valid JSON ({error})") from None
+    version = str(manifest.get("schema_version", "")) if isinstance(manifest, dict) else ""
+    if not version.split(".")[0].isdigit():
+        raise RunError(f"{path}: has no schema_version")
+    if int(version.split(".")[0]) > int(SCHEMA_VERSION.split(".")[0]):
+        raise RunError(f"{path}: schema_version {version} is newer than this program's {SCHEMA_VERSION}; update wattrace")
+    return dict(manifest)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run directory, opened for reading."""
+
+    path: Path
+    manifest: dict[str, Any] = field(repr=False)
+
+    @classmethod
+    def open(cls, path: str | Path) -> "Run":
+        """Open the run directory at `path`, complete or not. Raises `RunError` when it is none."""
+        return cls(Path(path), read_manifest(Path(path)))
+
+    @property
+    def name(self) -> str:
+        """The directory's own name."""
+        return self.path.resolve().name
+
+    @property
+    def simulated(self) -> bool:
+        """Whether the run's engine was simulated; what derives from such a run says so."""
+        return self.manifest.get("engine") == "simulated"
+
+    def has(self, table: str) -> bool:
+        """Whether the run has `table`."""
+        return has_table(self.path, table)
+
+    def scan(self, table: str) -> pl.LazyFrame:
+        """The rows of `table`, checked. Raises `RunError` when it is missing or wrong."""
+        return scan_table(self.path, table)

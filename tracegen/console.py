@@ -1,0 +1,97 @@
+"""What the three commands share: how they start, how they fail, how they print."""
+
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import click
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from tracegen.errors import WattraceError
+
+EXIT_BAD_INPUT = 2
+EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells say it
+
+
+def make_app(help_text: str) -> typer.Typer:
+    """A Typer app with the settings that all three commands share."""
+    return typer.Typer(
+        help=help_text,
+        no_args_is_help=True,
+        add_completion=False,
+        rich_markup_mode=None,
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+
+
+def run_app(app: typer.Typer) -> None:
+    """Run `app`; a `WattraceError` or a wrong option becomes one line on stderr and exit code 2."""
+    try:
+        code = app(standalone_mode=False)
+    except WattraceError as error:
+        fail(str(error))
+    except click.exceptions.NoArgsIsHelpError as error:
+        print(error.format_message())  # noqa: T201 - the help text itself
+        sys.exit(EXIT_BAD_INPUT)
+    except click.ClickException as error:
+        fail(f"{error.format_message().rstrip('.')}; see --help")
+    except (KeyboardInterrupt, click.Abort):
+        print("interrupted", file=sys.stderr)  # noqa: T201 - this is the console
+        sys.exit(EXIT_INTERRUPTED)
+    except BrokenPipeError:
+        # The reader (head, less) has gone; point stdout elsewhere so that Python's exit does not complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def fail(message: str) -> None:
+    """Print `error: message` as one line on stderr and exit with 2."""
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)  # noqa: T201 - this is the console
+    sys.exit(EXIT_BAD_INPUT)
+
+
+def note(message: str) -> None:
+    """Print a remark on stderr, where it does not mix with results."""
+    print(message, file=sys.stderr, flush=True)  # noqa: T201 - this is the console
+
+
+def say(message: str = "") -> None:
+    """Print a result on stdout."""
+    print(message, flush=True)  # noqa: T201 - this is the console
+
+
+def print_json(document: Any) -> None:
+    """Print `document` as indented JSON on stdout; NaN and infinities are refused."""
+    say(json.dumps(document, indent=2, allow_nan=False, default=str))
+
+
+def print_table(
+    columns: Sequence[str], rows: Sequence[Sequence[str]], *, title: str | None = None, left: int = 1
+) -> None:
+    """Print `rows` under `columns`; the first `left` columns are text, the rest numbers, aligned right."""
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    for i, name in enumerate(columns):
+        table.add_column(name, justify="left" if i < left else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    # Without a terminal a fixed, ample width: a table cut at 80 columns in a log would lose figures.
+    width = None if sys.stdout.isatty() else max(80, *(sum(len(str(c)) + 2 for c in row) + 20 for row in rows or [columns]))
+    Console(width=width, highlight=False, markup=False).print(table)
+
+
+def format_si(value: float | None, unit: str = "", digits: int = 3) -> str:
+    """`value` to `digits` significant digits with its unit, or `-` where there is none."""
+    if value is None or value != value:  # noqa: PLR0124 - NaN is what differs from itself
+        return "-"
+    return f"{value:.{digits}g}{unit}" if abs(value) < 10**digits else f"{value:,.0f}{unit}"
+
+
+def flatten(document: Mapping[str, Any]) -> dict[str, str]:
+    """A mapping's values as JSON text, as Parquet file metadata stores them."""
+    return {key: json.dumps(value, sort_keys=True) for key, value in document.items()}

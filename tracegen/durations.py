@@ -1,0 +1,26 @@
+"""Durations as users type them: `90`, `90s`, `5m`, `1.5h`, `2d`, `250ms`."""
+
+import re
+
+from tracegen.errors import TraceError
+
+NS_PER_S = 1_000_000_000
+_UNITS_NS = {"ms": 1_000_000, "s": NS_PER_S, "m": 60 * NS_PER_S, "h": 3600 * NS_PER_S, "d": 86400 * NS_PER_S}
+_PATTERN = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)?")
+
+
+def parse_duration_ns(text: str) -> int:
+    """Nanoseconds of `text`; a bare number means seconds. Raises `TraceError` for anything else or zero."""
+    match = _PATTERN.fullmatch(text.strip())
+    ns = round(float(match[1]) * _UNITS_NS[match[2] or "s"]) if match else 0
+    if ns <= 0:
+        raise TraceError(f"'{text}' is not a duration: use a positive number with ms, s, m, h or d, for example 5m")
+    return ns
+
+
+def format_duration(ns: int) -> str:
+    """`ns` in its largest fitting unit, for people: `5m`, `2.5h`, `320ms`."""
+    for unit in ("d", "h", "m", "s"):
+        if ns >= _UNITS_NS[unit]:
+            return f"{ns / _UNITS_NS[unit]:.4g}{unit}"
+    return f"{ns / _UNITS_NS['ms']:.4g}ms"
