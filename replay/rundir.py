@@ -121,7 +121,7 @@ def check_table(frame: pl.LazyFrame, table: str, source: Path) -> pl.LazyFrame:
     """
     have = frame.collect_schema()
     casts = []
-    for name, dtype in TABLES[table].items():
+    for name in TABLES[table]:
         if name not in have:
             raise RunError(f"{source}: column '{name}' is missing; a {table} table has {', '.join(TABLES[table])}")
     known = {**TABLES[table], **_OPTIONAL.get(table, {})}
@@ -141,7 +141,7 @@ def _convertible(have: pl.DataType, want: pl.DataType) -> bool:
     if have == pl.Null:
         return True
     if want == pl.String:
-        return have in {pl.Categorical, pl.Enum}
+        return isinstance(have, (pl.Categorical, pl.Enum))
     return (have.is_integer() and want.is_numeric()) or (have.is_float() and want.is_float())
 
 
@@ -241,9 +241,10 @@ def read_manifest(run_dir: Path) -> dict[str, Any]:
     except ValueError as error:
         raise RunError(f"{path}: not valid JSON ({error})") from None
     version = str(manifest.get("schema_version", "")) if isinstance(manifest, dict) else ""
-    if not version.split(".")[0].isdigit():
+    major = version.partition(".")[0]
+    if not major.isdigit():
         raise RunError(f"{path}: has no schema_version")
-    if int(version.split(".")[0]) > int(SCHEMA_VERSION.split(".")[0]):
+    if int(major) > int(SCHEMA_VERSION.partition(".")[0]):
         raise RunError(f"{path}: schema_version {version} is newer than this program's {SCHEMA_VERSION}; update wattrace")
     return dict(manifest)
 

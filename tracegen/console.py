@@ -1,12 +1,12 @@
 """What the three commands share: how they start, how they fail, how they print."""
 
+import io
 import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import click
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -21,7 +21,6 @@ def make_app(help_text: str) -> typer.Typer:
     """A Typer app with the settings that all three commands share."""
     return typer.Typer(
         help=help_text,
-        no_args_is_help=True,
         add_completion=False,
         rich_markup_mode=None,
         pretty_exceptions_enable=False,
@@ -31,16 +30,16 @@ def make_app(help_text: str) -> typer.Typer:
 
 def run_app(app: typer.Typer) -> None:
     """Run `app`; a `WattraceError` or a wrong option becomes one line on stderr and exit code 2."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # bars and arrows must not stop a command on an ASCII terminal
     try:
-        code = app(standalone_mode=False)
+        code = app(sys.argv[1:] or ["--help"], standalone_mode=False)
     except WattraceError as error:
         fail(str(error))
-    except click.exceptions.NoArgsIsHelpError as error:
-        print(error.format_message())  # noqa: T201 - the help text itself
-        sys.exit(EXIT_BAD_INPUT)
-    except click.ClickException as error:
+    except typer.TyperException as error:
         fail(f"{error.format_message().rstrip('.')}; see --help")
-    except (KeyboardInterrupt, click.Abort):
+    except (KeyboardInterrupt, typer.Abort):
         print("interrupted", file=sys.stderr)  # noqa: T201 - this is the console
         sys.exit(EXIT_INTERRUPTED)
     except BrokenPipeError:
@@ -75,21 +74,25 @@ def print_table(
     columns: Sequence[str], rows: Sequence[Sequence[str]], *, title: str | None = None, left: int = 1
 ) -> None:
     """Print `rows` under `columns`; the first `left` columns are text, the rest numbers, aligned right."""
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    table = Table(box=None, pad_edge=False, header_style="bold")
     for i, name in enumerate(columns):
         table.add_column(name, justify="left" if i < left else "right", no_wrap=True)
     for row in rows:
         table.add_row(*row)
-    # Without a terminal a fixed, ample width: a table cut at 80 columns in a log would lose figures.
-    width = None if sys.stdout.isatty() else max(80, *(sum(len(str(c)) + 2 for c in row) + 20 for row in rows or [columns]))
-    Console(width=width, highlight=False, markup=False).print(table)
+    # As wide as the cells need, whatever the terminal: a wrapped line is better than a figure cut to an ellipsis.
+    widths = [max(len(line[i]) for line in [columns, *rows]) + 2 for i in range(len(columns))]
+    console = Console(width=max(80, sum(widths), len(title or "")), highlight=False, markup=False)
+    if title:
+        console.print(title, style="italic")
+    console.print(table)
 
 
 def format_si(value: float | None, unit: str = "", digits: int = 3) -> str:
     """`value` to `digits` significant digits with its unit, or `-` where there is none."""
     if value is None or value != value:  # noqa: PLR0124 - NaN is what differs from itself
         return "-"
-    return f"{value:.{digits}g}{unit}" if abs(value) < 10**digits else f"{value:,.0f}{unit}"
+    text = f"{value:.{digits}g}"
+    return f"{value:,.0f}{unit}" if "e+" in text or abs(value) >= 10**digits else f"{text}{unit}"
 
 
 def flatten(document: Mapping[str, Any]) -> dict[str, str]:

@@ -9,13 +9,16 @@ _UNITS_NS = {"ms": 1_000_000, "s": NS_PER_S, "m": 60 * NS_PER_S, "h": 3600 * NS_
 _PATTERN = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)?")
 
 
-def parse_duration_ns(text: str) -> int:
-    """Nanoseconds of `text`; a bare number means seconds. Raises `TraceError` for anything else or zero."""
+def parse_duration_ns(text: str, *, zero_ok: bool = False) -> int:
+    """Nanoseconds of `text`; a bare number means seconds.
+
+    Raises `TraceError` for anything else, for what int64 cannot hold (292 years), and for zero unless `zero_ok`.
+    """
     match = _PATTERN.fullmatch(text.strip())
-    ns = round(float(match[1]) * _UNITS_NS[match[2] or "s"]) if match else 0
-    if ns <= 0:
+    exact_ns = float(match[1]) * _UNITS_NS[match[2] or "s"] if match else -1.0
+    if not 0 <= exact_ns < 2**63 or (round(exact_ns) == 0 and not zero_ok):
         raise TraceError(f"'{text}' is not a duration: use a positive number with ms, s, m, h or d, for example 5m")
-    return ns
+    return round(exact_ns)
 
 
 def format_duration(ns: int) -> str:

@@ -3,8 +3,10 @@
 Both directions check the same rules; an error names the file, the row (counted from 0) and the column.
 """
 
+import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ import pyarrow.parquet as pq
 from tracegen.errors import TraceError
 
 SCHEMA_VERSION = "1.0"
+_PREFIX = "wattrace."  # of our keys in a Parquet file's metadata
 
 TRACE = pl.Schema(
     {
@@ -78,14 +81,27 @@ def _cast(frame: pl.DataFrame, name: str, dtype: pl.DataType, source: str) -> pl
     series = frame[name]
     if series.dtype == dtype:
         return series
-    if dtype.is_integer() and series.dtype.is_float():
+    if not _convertible(series.dtype, dtype):
+        raise TraceError(f"{source}: column '{name}' is {series.dtype}, not {dtype}")
+    if series.dtype.is_float():
         _refuse(frame, pl.col(name) != pl.col(name).round(), name, source, "is not a whole number")
-    try:
-        cast = series.cast(dtype, strict=False)
-    except pl.exceptions.PolarsError:
-        raise TraceError(f"{source}: column '{name}' is {series.dtype}, not {dtype}") from None
-    _refuse(frame, cast.is_null() & series.is_not_null(), name, source, f"does not fit {dtype}")
+    cast = series.cast(dtype, strict=False)
+    lost = cast.is_null() & series.is_not_null()
+    if dtype.is_nested():
+        lost |= cast.list.eval(pl.element().is_null()).list.sum() > series.list.eval(pl.element().is_null()).list.sum()
+    _refuse(frame, lost, name, source, f"does not fit {dtype}")
     return cast
+
+
+def _convertible(have: pl.DataType, want: pl.DataType) -> bool:
+    """Whether values written as `have` can mean what `want` does; a duration's count, say, has a unit of its own."""
+    if have == pl.Null:
+        return True
+    if isinstance(have, pl.List) and isinstance(want, pl.List):
+        return have.inner == pl.Null or have.inner.is_integer()
+    if want == pl.String:
+        return isinstance(have, (pl.Categorical, pl.Enum))
+    return want.is_integer() and (have.is_integer() or have.is_float())
 
 
 def _refuse(frame: pl.DataFrame, wrong: pl.Expr | pl.Series, name: str, source: str, why: str) -> None:
@@ -93,42 +109,105 @@ def _refuse(frame: pl.DataFrame, wrong: pl.Expr | pl.Series, name: str, source: 
     mask = wrong if isinstance(wrong, pl.Series) else frame.select(wrong).to_series()
     row = mask.arg_max() if mask.any() else None
     if row is not None:
-        value = frame[name][row]
-        raise TraceError(f"{source}: row {row}, column '{name}': {value} {why}")
+        (value,) = frame[name].slice(row, 1).to_list()
+        raise TraceError(f"{source}: row {row}, column '{name}': {'value' if value is None else value} {why}")
 
 
 def read_trace(path: str | Path) -> pl.DataFrame:
-    """The trace at `path`, checked. Raises `TraceError` when it is missing, not Parquet, or breaks a rule."""
-    try:
-        frame = pl.read_parquet(path)
-    except FileNotFoundError:
-        raise TraceError(f"{path}: no such file; synthesize one with 'tracegen synth --mix chat -o {path}'") from None
-    except (pl.exceptions.PolarsError, OSError) as error:
-        raise TraceError(f"{path}: not a readable Parquet file ({str(error).splitlines()[0]})") from None
+    """The trace at `path`, checked.
+
+    Raises `TraceError` when it is missing, not Parquet, of a newer major version, or breaks a rule.
+    """
+    with _reading(path):
+        # By pyarrow, which reports a damaged file where polars panics; and a path is a path, never a pattern.
+        table = pq.ParquetFile(path).read()
+        table.validate(full=True)
+        version = str(_own_metadata(table.schema).get("schema_version", SCHEMA_VERSION))
+        frame = pl.DataFrame(dict(zip(table.column_names, table.columns, strict=True)))
+    if version.partition(".")[0] != SCHEMA_VERSION.partition(".")[0]:
+        raise TraceError(f"{path}: schema_version {version}, and this program reads {SCHEMA_VERSION}; update wattrace")
     return check_trace(frame, str(path))
 
 
 def read_metadata(path: str | Path) -> dict[str, Any]:
-    """The trace's own file metadata (generator, seed, parameters, source); empty where it has none."""
-    raw = pq.read_schema(path).metadata or {}
+    """The trace's own file metadata (generator, seed, parameters, source); empty where it has none.
+
+    Raises `TraceError` when the file is missing or not Parquet.
+    """
+    with _reading(path):
+        return _own_metadata(pq.read_schema(path))
+
+
+def _own_metadata(schema: pa.Schema) -> dict[str, Any]:
+    """What `write_trace` put into `schema`'s metadata."""
     return {
-        key.decode().removeprefix("wattrace."): json.loads(value)
-        for key, value in raw.items()
-        if key.startswith(b"wattrace.")
+        key.decode().removeprefix(_PREFIX): json.loads(value)
+        for key, value in (schema.metadata or {}).items()
+        if key.startswith(_PREFIX.encode())
     }
 
 
-def write_trace(frame: pl.DataFrame, path: str | Path, metadata: Mapping[str, Any]) -> None:
-    """Write the checked `frame` with `metadata`, by rename: a killed writer leaves no half file.
+@contextmanager
+def _reading(path: str | Path) -> Iterator[None]:
+    """Turn what a missing or damaged file raises into one `TraceError`."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise TraceError(f"{path}: no such file; synthesize one with 'tracegen synth --mix chat -o {path}'") from None
+    except (pa.ArrowException, pl.exceptions.PolarsError, OSError, ValueError) as error:
+        why = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise TraceError(f"{path}: not a readable Parquet file ({why})") from None
 
-    The bytes depend on `frame` and `metadata` alone.
+
+def write_trace(frame: pl.DataFrame, path: str | Path, metadata: Mapping[str, Any]) -> None:
+    """Write the checked `frame` with `metadata` (JSON values), by rename: a killed writer leaves no half file.
+
+    The bytes depend on the values in `frame` and `metadata` alone, not on their memory layout or key order.
+    Raises `TraceError` when `frame` breaks a rule or `path` cannot be written.
     """
     path = Path(path)
-    table = check_trace(frame, str(path)).to_arrow(compat_level=pl.CompatLevel.oldest())
+    table = check_trace(frame, str(path)).rechunk().to_arrow(compat_level=pl.CompatLevel.oldest())
     document = {"schema_version": SCHEMA_VERSION, **metadata}
-    keys = {f"wattrace.{key}": json.dumps(value, sort_keys=True) for key, value in document.items()}
-    table = table.replace_schema_metadata(keys)
-    write_parquet(table, path)
+    keys = {f"{_PREFIX}{key}": json.dumps(document[key], sort_keys=True) for key in sorted(document)}
+    try:
+        write_parquet(table.replace_schema_metadata(keys), path)
+    except OSError as error:
+        raise TraceError(f"{path}: cannot be written ({error.strerror or error}); choose another output") from None
+
+
+def save_trace(
+    frame: pl.DataFrame,
+    path: str | Path,
+    metadata: Mapping[str, Any],
+    *,
+    force: bool = False,
+    source: str | Path | None = None,
+) -> None:
+    """`write_trace`, but only over what can be made again: a trace that names its generator, and never `source`.
+
+    Raises `TraceError` for any other file that exists at `path`, unless `force`.
+    """
+    path = Path(path)
+    if path.exists() and not force:
+        if source is not None and path.samefile(source):
+            raise TraceError(f"{path}: is the input itself; choose another output, or overwrite it with --force")
+        if not _remakable(path):
+            raise TraceError(f"{path}: exists and is no trace made here; choose another output, or --force")
+    write_trace(frame, path, metadata)
+
+
+def _remakable(path: Path) -> bool:
+    """Whether `path` is a trace whose metadata say how it was made."""
+    try:
+        return "generator" in read_metadata(path)
+    except TraceError:
+        return False
+
+
+def file_sha256(path: str | Path) -> str:
+    """The SHA-256 of the file at `path`, in hexadecimal."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_parquet(table: pa.Table, path: Path) -> None:

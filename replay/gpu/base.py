@@ -46,7 +46,7 @@ class Sensor:
 class Gpus(Protocol):
     """The GPUs of one host. Every method raises `GpuError` with one clear line."""
 
-    def list(self) -> list[GpuInfo]:
+    def devices(self) -> list[GpuInfo]:
         """All GPUs, by NVML index."""
 
     def read(self, gpu: int) -> Reading:

@@ -1,0 +1,106 @@
+"""Conservation: the window is cut into blocks, and in each the model is made to agree with what was measured.
+
+Blocks are tens of seconds long and cut at idle stretches where there are any, so that a meter's error of one update at
+a cut stays below a thousandth of a block. The discrepancy between model and meter is spread over idle and steps by
+variance: `(idle_se_w * idle seconds)²` against `(model's relative misfit * steps' energy)²`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from analysis.load import Floats
+from analysis.model import TINY
+from analysis.steps import Ints, Steps
+
+SHORTEST_S, USUAL_S, LONGEST_S = 10.0, 20.0, 40.0
+CUT_IDLE_S = 0.25  # an idle stretch long enough to cut in: two updates of the sensor
+LEAST_MISFIT = 1e-3  # no model is trusted further than this
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Cuts of the window (m + 1), the first step of each block (m + 1, the last entry is n), and each step's block."""
+
+    cuts_s: Floats
+    first: Ints
+    block: Ints  # (n,)
+
+    def __len__(self) -> int:
+        return int(self.cuts_s.size) - 1
+
+    def sums(self, values: Floats) -> Floats:
+        """Sum of the steps' `values` in each block."""
+        return np.bincount(self.block, weights=values, minlength=len(self)).astype(np.float64)
+
+
+@dataclass(frozen=True)
+class Balance:
+    """What was measured, and how it falls on idle time and steps; measured = idle + steps, block by block."""
+
+    measured_j: Floats  # (m,)
+    idle_j: Floats  # (m,)
+    step_j: Floats  # (n,)
+    misfit_rel: float  # rms over blocks of measured over modelled, minus 1
+
+
+def cut_blocks(steps: Steps, duration_s: float) -> Blocks:
+    """Cut `[0, duration_s]` in idle stretches, or else between steps."""
+    start_s, end_s = np.clip(steps.start_s, 0, duration_s), np.clip(steps.end_s, 0, duration_s)
+    gap_s = start_s[1:] - end_s[:-1]
+    idle_s = ((start_s[1:] + end_s[:-1]) / 2)[gap_s > CUT_IDLE_S]
+    cuts = [0.0]
+    while duration_s - cuts[-1] > USUAL_S:
+        cut = _next_cut(idle_s, start_s, cuts[-1])
+        if cut is None or cut > duration_s - SHORTEST_S / 2:
+            break
+        cuts.append(cut)
+    cuts_s = np.array([*cuts, duration_s])
+    block = np.searchsorted(cuts_s[1:-1], (start_s + end_s) / 2, side="right")
+    first = np.searchsorted(block, np.arange(cuts_s.size))
+    return Blocks(cuts_s, first.astype(np.int64), block.astype(np.int64))
+
+
+def _next_cut(idle_s: Floats, start_s: Floats, last_s: float) -> float | None:
+    """The next idle stretch at a fair distance from `last_s`, else the next step's start, else None."""
+    i = int(np.searchsorted(idle_s, last_s + SHORTEST_S))
+    if i < idle_s.size and idle_s[i] < last_s + LONGEST_S:
+        return float(idle_s[i])
+    k = int(np.searchsorted(start_s, last_s + USUAL_S))
+    candidates = ([float(start_s[k])] if k < start_s.size else []) + ([float(idle_s[i])] if i < idle_s.size else [])
+    return min(candidates, default=None)
+
+
+def balance(
+    blocks: Blocks,
+    steps: Steps,
+    modelled_j: Floats,
+    measured_j: Floats,
+    idle_w: Callable[[Floats], Floats],
+    idle_se_w: float,
+) -> Balance:
+    """Make `modelled_j` (n,) and idle power agree with `measured_j` (m,) in every block, nothing below zero."""
+    duration_s = float(blocks.cuts_s[-1])
+    inside_s = np.clip(steps.end_s, 0, duration_s) - np.clip(steps.start_s, 0, duration_s)
+    idle_s = np.maximum(np.diff(blocks.cuts_s) - blocks.sums(inside_s), 0.0)
+    idle_s[idle_s < 1e-9] = 0.0  # what rounding leaves of a block without a gap
+    idle_j = idle_w((blocks.cuts_s[1:] + blocks.cuts_s[:-1]) / 2) * idle_s
+    busy_j = blocks.sums(modelled_j)
+    misfit = _misfit(measured_j - idle_j, busy_j)
+    variance_idle, variance_busy = (idle_se_w * idle_s) ** 2, (max(misfit, LEAST_MISFIT) * busy_j) ** 2
+    whole = variance_idle + variance_busy
+    part = np.divide(variance_idle, whole, out=np.zeros_like(whole), where=whole > 0)
+    idle_j = np.clip(idle_j + part * (measured_j - idle_j - busy_j), 0.0, measured_j)
+    idle_j = np.where(busy_j > 0, np.where(idle_s > 0, idle_j, 0.0), measured_j)
+    factor = np.divide(measured_j - idle_j, busy_j, out=np.zeros_like(busy_j), where=busy_j > 0)
+    return Balance(measured_j, idle_j, modelled_j * factor[blocks.block], misfit)
+
+
+def _misfit(measured_j: Floats, modelled_j: Floats) -> float:
+    """Rms of measured over modelled minus 1, weighted by energy, over blocks that are mostly busy."""
+    busy = modelled_j > 0.05 * modelled_j.max(initial=TINY)
+    if not busy.any():
+        return 0.0
+    ratio = measured_j[busy] / modelled_j[busy] - 1.0
+    return float(np.sqrt(np.average(ratio**2, weights=modelled_j[busy])))

@@ -1,0 +1,51 @@
+"""Energy that is there already, or is computed and kept: what every command but `analysis energy` starts from."""
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import polars as pl
+
+from analysis.buckets import bucket_table
+from analysis.energy import DEFAULT_METHOD, ENERGY_DIR, SUMMARY, Energy, attribute, write_energy
+from analysis.requests import request_table
+from replay.rundir import MANIFEST, Run
+from tracegen.errors import AnalysisError, RunError
+
+
+@dataclass(frozen=True)
+class RunEnergy:
+    """A run's energy by request and its summary, or `why` there is none; `fresh`: computed just now."""
+
+    requests: pl.DataFrame | None
+    summary: dict[str, Any] | None
+    fresh: bool = False
+    why: str | None = None
+
+
+def save(energy: Energy) -> None:
+    """Write `energy/requests.parquet`, `buckets.parquet` and `summary.json` into the run directory."""
+    table = request_table(energy.run, energy.requests).select("request_id", "bucket", "label")
+    requests = energy.requests.join(table, on="request_id", how="left", maintain_order="left")
+    write_energy(energy, {"requests": requests, "buckets": bucket_table(energy.run, energy.requests)})
+
+
+def ensure_energy(run: Run) -> RunEnergy:
+    """The saved attribution of `run` where it is newer than the run's manifest, else a new one, saved.
+
+    A run that cannot be attributed (no power) still has latencies: it comes back with `why`.
+    """
+    summary_path = run.path / ENERGY_DIR / SUMMARY
+    if summary_path.is_file() and summary_path.stat().st_mtime >= (run.path / MANIFEST).stat().st_mtime:
+        summary = json.loads(summary_path.read_text(encoding="utf-8"))
+        if summary.get("method") == DEFAULT_METHOD:
+            return RunEnergy(pl.read_parquet(run.path / ENERGY_DIR / "requests.parquet"), summary)
+    try:
+        energy = attribute(run)
+    except (AnalysisError, RunError) as error:
+        return RunEnergy(None, None, why=str(error))
+    try:
+        save(energy)
+    except PermissionError:
+        return RunEnergy(energy.requests, energy.summary)  # a run that may only be read is still answered
+    return RunEnergy(energy.requests, energy.summary, fresh=True)

@@ -1,0 +1,71 @@
+"""A server that somebody else runs, found by its URL."""
+
+from pathlib import Path
+from typing import Self
+
+import aiohttp
+import polars as pl
+
+from replay.engines.base import Served
+from tracegen.errors import ReplayError
+
+_HINT = "is the server running, and is this its address?"
+
+
+async def ask_models(base_url: str, model: str | None, timeout_s: float) -> Served:
+    """Ask `/v1/models` which models the server has; `model` must be one of them, None takes its only one."""
+    timeout = aiohttp.ClientTimeout(total=timeout_s)
+    try:
+        async with aiohttp.ClientSession(timeout=timeout) as session, session.get(f"{base_url}/v1/models") as answer:
+            if answer.status != 200:
+                raise ReplayError(f"{base_url}/v1/models answers HTTP {answer.status}; is this an OpenAI-compatible server?")
+            cards = (await answer.json(content_type=None))["data"]
+            found = {str(card["id"]): card.get("max_model_len") for card in cards}
+    except (aiohttp.ClientError, OSError, TimeoutError) as error:
+        raise ReplayError(f"{base_url} cannot be reached ({_why(error)}); {_HINT}") from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ReplayError(f"{base_url}/v1/models answers no list of models; is this an OpenAI-compatible server?") from None
+    if model is None and len(found) == 1:
+        model = next(iter(found))
+    if model not in found:
+        asked = f"has no model '{model}'" if model else "serves several models"
+        raise ReplayError(f"{base_url} {asked}; choose with --model: {', '.join(found) or 'it lists none'}")
+    return Served(base_url, model, found[model])
+
+
+def _why(error: BaseException) -> str:
+    """A network error in a few words."""
+    cause = getattr(error, "os_error", None) or error
+    return getattr(cause, "strerror", None) or str(cause) or type(error).__name__
+
+
+class AttachedEngine:
+    """`replay.engines.base.Engine` for a running server."""
+
+    kind = "attached"
+
+    def __init__(self, url: str, model: str | None, timeout_s: float, *, exact: bool = True) -> None:
+        """`url` with or without `/v1`; `timeout_s` bounds the first question."""
+        self._base_url = url.rstrip("/").removesuffix("/v1")
+        self._model = model
+        self._timeout_s = timeout_s
+        self.exact = exact
+
+    async def __aenter__(self) -> Self:
+        """Nothing to start."""
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        """Nothing to end."""
+
+    async def ready(self) -> Served:
+        """Ask the server what it serves."""
+        return await ask_models(self._base_url, self._model, self._timeout_s)
+
+    def alive(self) -> bool:
+        """A server that is not ours shows its death in its answers only."""
+        return True
+
+    def truth(self, run_dir: Path) -> pl.DataFrame | None:
+        """A real server's true energies are not known."""
+        return None

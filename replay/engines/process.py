@@ -1,0 +1,88 @@
+"""Start a server process on a leash, wait until it is ready, end it with all its children."""
+
+import asyncio
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import aiohttp
+
+from replay.clock import NS_PER_S, now_ns
+from tracegen.errors import ReplayError
+
+_POLL_S = 0.1
+
+
+def free_port() -> int:
+    """A TCP port of this host that nothing listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def check_port(port: int) -> None:
+    """Raise `ReplayError` when `port` of this host cannot be listened on."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except (OSError, OverflowError) as error:
+            why = getattr(error, "strerror", None) or str(error)
+            raise ReplayError(f"--port {port}: {why}; choose another, or leave --port out for a free one") from None
+
+
+class ServerProcess:
+    """A server process whose output goes to a log file."""
+
+    def __init__(self, name: str, argv: Sequence[str], log: Path, env: Mapping[str, str] | None = None) -> None:
+        """`name` is how errors call it; `env` is added to this process's environment."""
+        self._name, self._argv, self._log = name, list(argv), log
+        self._env = {**os.environ, **(env or {})}
+        self._process: asyncio.subprocess.Process | None = None
+
+    async def start(self) -> None:
+        """Start it."""
+        with self._log.open("ab") as log:
+            self._process = await asyncio.create_subprocess_exec(
+                sys.executable, "-m", "replay.leash", "--", *self._argv,
+                stdin=subprocess.PIPE, stdout=log, stderr=log, env=self._env, start_new_session=True,
+            )  # fmt: skip
+
+    async def wait_ready(self, base_url: str, timeout_s: float, progress: Callable[[str], None]) -> None:
+        """Return when `/health` answers. Raises `ReplayError` with the log's last words when it ends or takes too long."""
+        start_ns = now_ns()
+        async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=5)) as session:
+            while self.alive():
+                with contextlib.suppress(aiohttp.ClientError, OSError, TimeoutError):
+                    async with session.get(f"{base_url}/health") as answer:
+                        if answer.status == 200:
+                            return
+                waited_s = (now_ns() - start_ns) / NS_PER_S
+                if waited_s > timeout_s:
+                    raise ReplayError(
+                        f"{self._name} was not ready within {timeout_s:g} s (--ready-check-timeout-sec); "
+                        f"its last words: {self.last_words()}"
+                    )
+                progress(f"waiting for {self._name} ({waited_s:.0f} s)")
+                await asyncio.sleep(_POLL_S)
+        raise ReplayError(f"{self._name} ended while starting; its last words: {self.last_words()}")
+
+    def alive(self) -> bool:
+        """Whether it runs."""
+        return self._process is not None and self._process.returncode is None
+
+    async def stop(self) -> None:
+        """End it and wait for it."""
+        if self._process is not None and self._process.stdin is not None:
+            self._process.stdin.close()
+            await self._process.wait()
+
+    def last_words(self) -> str:
+        """The last line of the log that says something, an error before other lines."""
+        lines = [line.strip() for line in self._log.read_text(errors="replace").splitlines() if line.strip()]
+        errors = [line for line in lines if "error" in line.lower()]
+        return (errors or lines or ["(it said nothing)"])[-1][:300]

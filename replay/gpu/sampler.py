@@ -1,0 +1,223 @@
+"""Read the power sensors in a process of its own, and keep every reading.
+
+`Sampler` starts `python -m replay.gpu.sampler`, which polls each GPU at about a quarter of its sensor's period, writes
+`power.parquet` in parts a second apart and prints a status line now and then. Unchanged readings are kept: a sensor
+that updates to the same value has still measured.
+"""
+
+import asyncio
+import contextlib
+import json
+import math
+import os
+import select
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import polars as pl
+
+from replay.clock import NS_PER_MS, NS_PER_S, now_ns
+from replay.gpu.base import Gpus, Reading, open_gpus
+from replay.rundir import POWER, PartWriter
+from tracegen.errors import GpuError, WattraceError
+
+_UNKNOWN_PERIOD_NS = 100 * NS_PER_MS  # polled as if it were this where a sensor's period is not published
+_POLLS_PER_PERIOD = 4.35  # above 4 as the sensor must be dated to a quarter period; no whole number, so phases vary
+_FLUSH_NS = NS_PER_S
+_STATUS_NS = NS_PER_S // 2
+
+
+class UpdateClock:
+    """Dates a periodic sensor's updates from polls.
+
+    A changed value was updated between two polls. Intersecting these intervals modulo the period narrows the phase;
+    with the phase known, updates to an unchanged value are dated too.
+    """
+
+    def __init__(self, period_ns: int | None) -> None:
+        """`period_ns`: the sensor's update period, None where it is not known."""
+        self._period_ns = period_ns
+        self._last_poll_ns: int | None = None
+        self._last_value: object = None
+        self._update: tuple[int, int] | None = None  # the latest update lies in (low, high]
+
+    def poll(self, t_ns: int, value: object) -> int | None:
+        """Take a poll; return when the sensor last updated (the upper bound of what is known), None if unknown."""
+        before, self._last_poll_ns = self._last_poll_ns, t_ns
+        changed, self._last_value = value != self._last_value, value
+        if before is None:
+            return None
+        self._advance(t_ns)
+        if changed:
+            low, high = self._update or (before, t_ns)
+            low, high = max(low, before), min(high, t_ns)
+            # An empty intersection means that the sensor's clock has drifted against ours: start anew.
+            self._update = (low, high) if low < high else (before, t_ns)
+        return self._update[1] if self._update else None
+
+    def _advance(self, t_ns: int) -> None:
+        """Move the known update on by the whole periods that have surely passed by `t_ns`."""
+        if self._update is not None and self._period_ns is not None:
+            periods = max(0, (t_ns - self._update[1]) // self._period_ns)
+            self._update = (self._update[0] + periods * self._period_ns, self._update[1] + periods * self._period_ns)
+
+
+@dataclass(frozen=True)
+class Status:
+    """What the sampler says while it runs."""
+
+    t_ns: int
+    written_ns: int  # all readings up to here are in the run directory
+    watts: dict[int, float | None]
+    clocks_mhz: dict[int, int | None]
+    error: str | None = None
+
+
+class Sampler:
+    """The sampler process, as an async context."""
+
+    def __init__(self, spec: str, indices: Sequence[int], run_dir: Path, host: str) -> None:
+        """`spec` as for `open_gpus`; `indices` the GPUs to read."""
+        gpus = ",".join(map(str, indices))
+        self._argv = [sys.executable, "-m", "replay.gpu.sampler", spec, gpus, str(run_dir), host]
+        self._process: asyncio.subprocess.Process | None = None
+        self._reader: asyncio.Task[None] | None = None
+        self._news = asyncio.Event()
+        self.status: Status | None = None
+
+    async def __aenter__(self) -> Self:
+        """Start, and wait for the first reading. Raises `GpuError` when there is none."""
+        self._process = await asyncio.create_subprocess_exec(
+            *self._argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
+        )
+        self._reader = asyncio.create_task(self._follow())
+        await self._news.wait()
+        if self.status is None or self.status.error:
+            await self._process.wait()
+            raise GpuError((self.status and self.status.error) or "the power sampler did not start")
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        """Stop; every reading is written when this returns."""
+        if self._process is not None and self._process.stdin is not None:
+            self._process.stdin.close()
+            await self._process.wait()
+        if self._reader is not None:
+            await self._reader
+
+    @property
+    def alive(self) -> bool:
+        """Whether the sampler still runs."""
+        return self._process is not None and self._process.returncode is None
+
+    async def written_until(self, t_ns: int) -> None:
+        """Return when all readings up to `t_ns` are in the run directory, or the sampler has ended."""
+        while self.alive and (self.status is None or self.status.written_ns < t_ns):
+            self._news.clear()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._news.wait(), 1.0)
+
+    async def _follow(self) -> None:
+        assert self._process is not None
+        assert self._process.stdout is not None
+        async for line in self._process.stdout:
+            message = json.loads(line)
+            for key in ("watts", "clocks_mhz"):
+                message[key] = {int(gpu): value for gpu, value in message.get(key, {}).items()}
+            self.status = Status(**{"t_ns": 0, "written_ns": 0, **message})
+            self._news.set()
+        self._news.set()
+
+
+class _Loop:
+    """The polling loop inside the sampler process."""
+
+    def __init__(self, gpus: Gpus, indices: Sequence[int], run_dir: Path, host: str) -> None:
+        self._gpus, self._indices, self._host = gpus, indices, host
+        self._writer = PartWriter(run_dir, "power")
+        self._rows: list[tuple[Any, ...]] = []
+        periods = {g: s.period_ns for g in indices if (s := gpus.sensors(g).get("instant")) is not None}
+        self._clocks = {g: UpdateClock(periods.get(g)) for g in indices}
+        self._poll_ns = round(min(periods.values(), default=_UNKNOWN_PERIOD_NS) / _POLLS_PER_PERIOD)
+        self._written_ns = 0
+
+    def run(self) -> None:
+        """Poll until stdin closes; flush at the end and on a lost GPU."""
+        due_ns = next_flush_ns = next_status_ns = now_ns()
+        latest: dict[int, Reading] = {}
+        try:
+            while not _stdin_closed(due_ns):
+                for gpu in self._indices:
+                    latest[gpu] = self._poll(gpu)
+                t_ns = now_ns()
+                if t_ns >= next_flush_ns:
+                    self._flush(t_ns)
+                    next_flush_ns = t_ns + _FLUSH_NS
+                if t_ns >= next_status_ns:
+                    _report(t_ns, self._written_ns, latest)
+                    next_status_ns = t_ns + _STATUS_NS
+                # A late poll is not made up for: the next is due on the grid after now.
+                due_ns += self._poll_ns * max(1, math.ceil((now_ns() - due_ns) / self._poll_ns))
+        finally:
+            self._flush(now_ns())
+
+    def _poll(self, gpu: int) -> Reading:
+        before_ns = now_ns()
+        reading = self._gpus.read(gpu)
+        t_ns = (before_ns + now_ns()) // 2
+        sensor_ns = None
+        if reading.power_instant_mw is not None:
+            sensor_ns = self._clocks[gpu].poll(t_ns, reading.power_instant_mw)
+        self._rows.append((t_ns, sensor_ns, self._host, gpu, *asdict(reading).values()))
+        return reading
+
+    def _flush(self, t_ns: int) -> None:
+        self._writer.append(pl.DataFrame(self._rows, schema=POWER, orient="row"))
+        self._rows.clear()
+        self._written_ns = t_ns
+
+
+def _stdin_closed(until_ns: int) -> bool:
+    """Wait for stdin to close, at most until `until_ns`; whether it has."""
+    timeout_s = max(0.0, (until_ns - now_ns()) / NS_PER_S)
+    readable, _, _ = select.select([0], [], [], timeout_s)
+    return bool(readable) and os.read(0, 4096) == b""
+
+
+def _report(t_ns: int, written_ns: int, latest: dict[int, Reading]) -> None:
+    """Print one status line for the parent."""
+    watts = {
+        gpu: None if (mw := _first(r.power_instant_mw, r.power_average_mw)) is None else mw / 1000
+        for gpu, r in latest.items()
+    }
+    clocks = {gpu: r.sm_clock_mhz for gpu, r in latest.items()}
+    message = {"t_ns": t_ns, "written_ns": written_ns, "watts": watts, "clocks_mhz": clocks}
+    with contextlib.suppress(BrokenPipeError):
+        print(json.dumps(message), flush=True)  # noqa: T201 - the status line
+
+
+def _first(*values: int | None) -> int | None:
+    return next((v for v in values if v is not None), None)
+
+
+def _main(argv: list[str]) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda *_: sys.exit(0))
+    spec, indices, run_dir, host = argv
+    try:
+        gpus = open_gpus(spec)
+        try:
+            _Loop(gpus, [int(gpu) for gpu in indices.split(",")], Path(run_dir), host).run()
+        finally:
+            gpus.close()
+    except WattraceError as error:
+        print(json.dumps({"error": str(error)} | {"watts": {}, "clocks_mhz": {}}), flush=True)  # noqa: T201 - as above
+
+
+if __name__ == "__main__":
+    _main(sys.argv[1:])

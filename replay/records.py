@@ -1,0 +1,57 @@
+"""The records of requests: what is in flight, what has ended, flushed to the run directory every second."""
+
+import asyncio
+from collections import deque
+from pathlib import Path
+
+import polars as pl
+
+from replay.client import Record
+from replay.rundir import REQUESTS, REQUESTS_OPTIONAL, PartWriter
+
+_SCHEMA = pl.Schema({**REQUESTS, **REQUESTS_OPTIONAL})
+_FLUSH_S = 1.0
+_RECENT = 1000  # ended requests that the live figures look back on
+
+
+def to_frame(records: list[Record]) -> pl.DataFrame:
+    """`requests.parquet` rows of `records`."""
+    rows = [tuple(getattr(record, name) for name in _SCHEMA) for record in records]
+    return pl.DataFrame(rows, schema=_SCHEMA, orient="row")
+
+
+class RecordStore:
+    """Takes each record when its request ends; memory is bounded by what a second brings."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self._writer = PartWriter(run_dir, "requests")
+        self._waiting: list[Record] = []
+        self.sent = 0
+        self.ended = 0
+        self.errors = 0
+        self.output_tokens = 0
+        self.recent: deque[Record] = deque(maxlen=_RECENT)
+
+    def start(self) -> None:
+        """Count a request as sent."""
+        self.sent += 1
+
+    def end(self, record: Record) -> None:
+        """Take an ended request."""
+        self.ended += 1
+        self.errors += record.status != "ok"
+        self.output_tokens += record.output_tokens or 0
+        self._waiting.append(record)
+        self.recent.append(record)
+
+    async def flush(self) -> None:
+        """Write what has ended since the last flush, off the event loop."""
+        records, self._waiting = self._waiting, []
+        if records:
+            await asyncio.to_thread(lambda: self._writer.append(to_frame(records)))
+
+    async def flush_forever(self) -> None:
+        """Flush once a second until cancelled."""
+        while True:
+            await asyncio.sleep(_FLUSH_S)
+            await self.flush()

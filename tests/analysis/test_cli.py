@@ -1,0 +1,136 @@
+"""The command line: what it prints, what it refuses, and that it refuses in one line."""
+
+import json
+import sys
+
+import polars as pl
+import pytest
+from polars.testing import assert_frame_equal
+from typer.main import get_command
+
+from analysis.cli import app, main
+from analysis.energy import attribute
+from analysis.query import query
+
+COMMANDS = ["energy", "buckets", "query", "compare", "report"]
+
+
+@pytest.fixture
+def cli(monkeypatch, capsys):
+    """Run `analysis ARGS`; gives exit code, stdout and stderr."""
+
+    def run(*args) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["analysis", *map(str, args)])
+        with pytest.raises(SystemExit) as exit_:
+            main()
+        out, err = capsys.readouterr()
+        return int(exit_.value.code or 0), out, err
+
+    return run
+
+
+def test_energy_prints_where_the_joules_went_and_both_errors(cli, run_of):
+    run = run_of()
+    code, out, _ = cli("energy", run.path)
+    assert code == 0
+    assert out.startswith("SIMULATED  run: ")
+    summary = attribute(run).summary
+    for word in ("prefill", "decode", "idle", "other", "measured"):
+        assert word in out
+    assert f"{summary['measured_j'] / 1e3:,.3f}" in out
+    assert "SIMULATED ground truth" in out
+    assert "shapley" in out
+    assert "equal-time" in out
+    assert (run.path / "energy/summary.json").is_file()
+
+
+def test_energy_of_a_measured_run_claims_no_truth(cli, run_of, rewrite):
+    run = rewrite(run_of(), {"engine": "vllm"}, truth=None)
+    code, out, _ = cli("energy", run.path)
+    assert code == 0
+    assert "SIMULATED" not in out
+    assert "truth" not in out
+
+
+def test_json_is_json(cli, run_of):
+    a, b = run_of("a"), run_of("b", seed=2)
+    energy = json.loads(cli("energy", a.path, "--json")[1])
+    assert [e["method"] for e in energy["simulated_ground_truth"]] == ["shapley", "equal-time"]
+    assert energy["residual_j"] == pytest.approx(0, abs=1e-9 * energy["measured_j"])
+    (buckets, _) = json.loads(cli("buckets", a.path, b.path, "--json")[1])
+    assert buckets["simulated"] is True
+    assert buckets["buckets"][-1]["group"] == "all"
+    differences = json.loads(cli("compare", a.path, b.path, "--json")[1])["differences"]
+    assert {d["metric"] for d in differences} == {"energy_j", "ttft_ms", "tpot_ms", "e2el_ms"}
+
+
+def test_the_tables_for_people(cli, run_of):
+    a, b = run_of("a"), run_of("b", law="soft")
+    code, out, err = cli("buckets", a.path)
+    assert code == 0
+    assert "SIMULATED  a" in out
+    assert "J/request" in out
+    assert "energy attributed and saved" in err
+    assert cli("buckets", a.path)[2] == ""
+    code, out, _ = cli("compare", a.path, b.path)
+    assert code == 0
+    assert "lower" in out
+    assert "SIMULATED  A: a" in out
+
+
+def test_query_in_every_format(cli, run_of, tmp_path):
+    run = run_of()
+    sql = "SELECT bucket, avg(energy_j) AS j FROM requests GROUP BY bucket ORDER BY bucket"
+    expected = query([run], sql)
+    assert_frame_equal(pl.read_csv(cli("query", run.path, sql, "--format", "csv")[1].encode()), expected)
+    assert_frame_equal(pl.DataFrame(json.loads(cli("query", run.path, sql, "--format", "json")[1])), expected)
+    assert expected["bucket"][0] in cli("query", run.path, sql)[1]
+    for kind, read in (("parquet", pl.read_parquet), ("csv", pl.read_csv), ("json", pl.read_json)):
+        path = tmp_path / f"out.{kind}"
+        assert cli("query", run.path, sql, "--format", kind, "-o", path)[0] == 0
+        assert_frame_equal(read(path), expected)
+
+
+def test_report_writes_a_page(cli, run_of, tmp_path):
+    code, out, _ = cli("report", run_of().path, "-o", tmp_path / "r.html", "--title", "Mine & yours")
+    assert code == 0
+    assert "wrote" in out
+    assert "<h1>Mine &amp; yours</h1>" in (tmp_path / "r.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["energy", "nowhere"], "no such run directory"),
+        (["energy", "RUN", "--method", "magic"], "method 'magic' is unknown"),
+        (["energy", "NO_POWER"], "has no power samples"),
+        (["buckets", "RUN", "--by", "colour"], "cannot group by 'colour'"),
+        (["buckets", "RUN", "--slo-ttft", "x"], "three positive numbers"),
+        (["query", "RUN", "SELEC"], "sql parser error"),
+        (["query", "SELECT 1"], "at least one run directory"),
+        (["query", "RUN", "SELECT 1 AS a", "--format", "xml"], "use one of table, csv, json, parquet"),
+        (["query", "RUN", "SELECT 1 AS a", "--format", "parquet"], "needs a file"),
+        (["query", "RUN", "SELECT run FROM runs", "--format", "csv", "-o", "no/where.csv"], "cannot be written"),
+        (["compare", "RUN"], "Missing argument"),
+        (["report", "RUN", "-o", "no/where.html"], "cannot be written"),
+        (["energy", "RUN", "--nonsense"], "No such option"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(cli, run_of, rewrite, args, words):
+    run = run_of()
+    broken = rewrite(run_of("broken"), power=None)
+    code, _, err = cli(*[{"RUN": run.path, "NO_POWER": broken.path}.get(arg, arg) for arg in args])
+    errors = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert code == 2
+    assert len(errors) == 1
+    assert words in errors[0]
+    assert "Traceback" not in err
+    assert not (broken.path / "energy").exists()
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_help_with_examples_and_every_option_a_text(name):
+    commands = get_command(app).commands
+    assert sorted(commands) == sorted(COMMANDS)
+    assert f"analysis {name} " in commands[name].help.split("Examples:")[1]
+    assert all(getattr(p, "help", None) for p in commands[name].params)

@@ -1,0 +1,124 @@
+"""What is wrong with a run directory is said in one line, with file and column, and nothing is left behind."""
+
+import json
+
+import polars as pl
+import pytest
+
+from analysis.energy import attribute
+from replay.rundir import Run
+from tracegen.errors import AnalysisError, RunError, WattraceError
+
+
+def one_line(error: WattraceError) -> str:
+    text = str(error)
+    assert "\n" not in text
+    return text
+
+
+def test_no_power_samples(run_of, rewrite):
+    run = rewrite(run_of(), power=None)
+    with pytest.raises(AnalysisError, match=r"has no power samples \(power\.parquet\)"):
+        attribute(run)
+    empty = rewrite(run, power=pl.DataFrame(schema=Run.open(run_of("other").path).scan("power").collect_schema()))
+    with pytest.raises(AnalysisError, match=r"power\.parquet: has no rows"):
+        attribute(empty)
+    assert not (run.path / "energy").exists()
+
+
+@pytest.mark.parametrize(
+    ("table", "column"),
+    [("power", "energy_mj"), ("steps", "context_tokens"), ("segments", "kind"), ("requests", "sent_ns")],
+)
+def test_a_missing_column_is_named_with_its_file(run_of, rewrite, table, column):
+    run = run_of()
+    with pytest.raises(RunError) as error:
+        attribute(rewrite(run, **{table: run.scan(table).drop(column).collect()}))
+    assert f"{table}.parquet" in one_line(error.value)
+    assert f"'{column}'" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("table", "change", "words"),
+    [
+        ("steps", {"end_ns": pl.col("start_ns") - 1}, "step 0: end_ns is before start_ns"),
+        ("steps", {"step": pl.lit(3, pl.UInt64)}, "step 3 occurs twice"),
+        ("steps", {"decode_tokens": pl.lit(None, pl.UInt32)}, "'decode_tokens' has a null in row 0"),
+        ("segments", {"kind": pl.lit("verify")}, "'verify' is neither prefill nor decode"),
+        ("segments", {"last_step": pl.lit(None, pl.UInt64)}, "'last_step' has a null in row 0"),
+        ("requests", {"request_id": pl.lit(1, pl.UInt64)}, "'request_id' has a null or a repeated id"),
+        ("power", {"gpu": pl.lit(None, pl.UInt16)}, "'gpu' has a null in row 0"),
+        ("power", {"gpu": pl.lit(5, pl.UInt16)}, "has no readings of gpu 0 on node, which manifest.json gives to"),
+        ("power", {"t_ns": pl.col("t_ns") + 10**15}, "has no readings within the window"),
+        (
+            "power",
+            {"energy_mj": pl.lit(None, pl.UInt64), "power_instant_mw": pl.lit(None, pl.UInt32)},
+            "gpu 0 on node: the counter has no readings, and neither power_instant_mw nor power_average_mw",
+        ),
+    ],
+)
+def test_a_wrong_table_is_named_with_what_is_wrong(run_of, rewrite, table, change, words):
+    run = run_of()
+    with pytest.raises(WattraceError) as error:
+        attribute(rewrite(run, **{table: run.scan(table).with_columns(**change).collect()}))
+    assert words in one_line(error.value)
+    assert f"{table}.parquet" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("manifest", "words"),
+    [
+        ({"instances": None}, "'instances' is missing or empty"),
+        ({"instances": [{"host": "node"}]}, "has no key 'instance'"),
+        ({"instances": [{"instance": 0, "gpus": []}]}, "instance 0 names no 'gpus'"),
+        ({"measure_start_ns": 10, "measure_end_ns": 5}, "measure_end_ns is not after measure_start_ns"),
+        ({"schema_version": "2.0"}, "is newer than this program's"),
+    ],
+)
+def test_a_wrong_manifest_is_named_with_its_key(run_of, rewrite, manifest, words):
+    run = run_of()
+    document = {k: v for k, v in {**run.manifest, **manifest}.items() if v is not None}
+    (run.path / "manifest.json").write_text(json.dumps(document))
+    with pytest.raises(WattraceError) as error:
+        attribute(Run.open(run.path))
+    assert words in one_line(error.value)
+
+
+@pytest.mark.parametrize(("method", "scope"), [("magic", "gpu"), ("shapley", "room")])
+def test_an_unknown_method_or_scope_lists_what_there_is(run_of, method, scope):
+    with pytest.raises(AnalysisError, match="use "):
+        attribute(run_of(), method, scope)
+
+
+def test_a_run_where_nothing_was_sent(run_of, rewrite):
+    run = run_of()
+    requests = run.scan("requests").collect().clear()
+    tables = {"requests": requests, "steps": None, "segments": None, "truth": None}
+    with pytest.raises(AnalysisError, match="no request was sent"):
+        attribute(rewrite(run, {"measure_start_ns": None, "measure_end_ns": None}, **tables))
+    summary = attribute(
+        rewrite(run, {"measure_start_ns": 7_000_000_000_000, "measure_end_ns": 7_010_000_000_000})
+    ).summary
+    assert summary["idle_j"] == pytest.approx(summary["measured_j"], rel=1e-12)
+    assert summary["membership"] is None
+
+
+def test_idle_power_of_another_source_is_used_and_said(run_of, rewrite):
+    run = run_of()
+    gpus = [{**g, "idle_power_w": {"instant": 99.0}, "idle_power_after_w": None} for g in run.manifest["gpus"]]
+    summary = attribute(rewrite(run, {"gpus": gpus})).summary
+    assert summary["fit"][0]["idle_power_w"] == {"before": 198.0, "after": 198.0, "source": "instant"}
+    assert "gpu 0 on node: no idle power from the counter, taken from instant" in summary["notes"]
+
+
+def test_hosts_and_sensors_may_be_missing(run_of, rewrite):
+    run = run_of()
+    plain = attribute(run).requests
+    bare = {"hosts": None, "workers": None, "gpus": [{"gpu": g, "idle_power_w": {"counter": 100}} for g in (0, 1)]}
+    power = run.scan("power").with_columns(
+        pl.lit(None, pl.String).alias("host"), pl.lit(None, pl.Int64).alias("sensor_ns")
+    )
+    instances = [{"instance": 0, "gpus": [0, 1]}]
+    energy = attribute(rewrite(run, {**bare, "instances": instances}, power=power.collect()))
+    ratio = (energy.requests["energy_j"] / plain["energy_j"] - 1).abs()
+    assert ratio.median() < 0.05

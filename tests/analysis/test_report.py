@@ -1,0 +1,124 @@
+"""The report stands alone, says what it is, and lets no text of a run become markup."""
+
+from html.parser import HTMLParser
+
+import pytest
+
+from analysis.report import headlines, render_report, write_report
+from analysis.saved import ensure_energy
+from tracegen.errors import AnalysisError
+
+FETCHING = {"src", "href", "xlink:href", "srcset", "data", "action", "poster", "background"}
+
+
+class Page(HTMLParser):
+    """What a browser would make of a page: tags, what they fetch, and the text."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.fetches: list[str] = []
+        self.labels: list[str] = []
+        self.texts: list[str] = []
+        self.feed(html)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        for name, value in attrs:
+            if name in FETCHING and value and not value.startswith(("#", "data:")):
+                self.fetches.append(f"{tag} {name}={value}")
+            if name == "aria-label" and tag == "figure":
+                self.labels.append(value)
+
+    def handle_data(self, data):
+        self.texts.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.texts).split())
+
+
+def rendered(*runs, title="A title") -> str:
+    return render_report(runs, [ensure_energy(run) for run in runs], title)
+
+
+def test_the_page_fetches_nothing(run_of):
+    html = rendered(run_of())
+    page = Page(html)
+    assert page.fetches == []
+    assert not {"script", "link", "iframe", "img", "object"} & set(page.tags)
+    assert "@import" not in html
+    assert "url(http" not in html.replace(" ", "")
+    assert len(html) < 5_000_000
+
+
+def test_every_figure_has_words_and_numbers_behind_it(run_of):
+    page = Page(rendered(run_of("a"), run_of("b", seed=4)))
+    figures = page.tags.count("figure")
+    assert figures == 7  # joules, twice power and close-up, buckets, latency
+    assert len(page.labels) == figures
+    assert page.tags.count("details") == figures
+    assert page.tags.count("svg") == figures
+
+
+def test_simulated_is_said_on_its_face_and_only_where_it_is_so(run_of, rewrite):
+    simulated = run_of("made-up")
+    measured = rewrite(run_of("metered"), {"engine": "vllm"})
+    assert "SIMULATED: no GPU was measured" in Page(rendered(simulated)).text
+    assert "SIMULATED in part: made-up" in Page(rendered(simulated, measured)).text
+    assert "SIMULATED" not in Page(rendered(measured)).text
+
+
+def test_hostile_texts_stay_texts(run_of, rewrite):
+    evil = '<script>alert("x")</script><img src="http://evil.example/a.png">'
+    run = run_of("plain")
+    verdicts = [{"name": evil, "ok": False, "value": evil, "bound": None, "why": evil}]
+    run = rewrite(run, {"verdicts": verdicts, "instances": [{**run.manifest["instances"][0], "model": evil}]})
+    hostile = run.path.rename(run.path.with_name("<img src=x onerror=alert(1)>&amp;"))
+    page = Page(rendered(type(run).open(hostile), title=evil))
+    assert not {"script", "img"} & set(page.tags)
+    assert page.fetches == []
+    assert 'alert("x")' in page.text
+    assert "failed" in page.text
+
+
+def test_headlines_follow_from_the_tables(run_of):
+    run = run_of()
+    known = ensure_energy(run)
+    page = Page(render_report([run], [known], "t"))
+    mean_j = known.requests["energy_j"].mean()
+    assert f"A request cost {mean_j:.3g} J on average" in page.text
+    share = known.requests["prefill_j"].sum() / known.requests["energy_j"].sum()
+    assert f"{100 * share:.1f} % of it prefill" in page.text
+
+
+def test_two_runs_are_compared_in_the_headline(run_of):
+    page = Page(rendered(run_of("a"), run_of("b", law="soft")))
+    assert "used least" in page.text
+    assert "with 95 % intervals: J/request" in page.text
+
+
+def test_a_run_without_energy_is_reported_with_the_reason(run_of, rewrite):
+    page = Page(rendered(rewrite(run_of(), power=None)))
+    assert "no energy" in page.text
+    assert "has no power samples" in page.text
+    assert page.tags.count("figure") == 1
+
+
+def test_an_attached_server_has_no_close_up(run_of, rewrite):
+    run = rewrite(run_of(), {"engine": "attached"}, steps=None, segments=None, truth=None)
+    page = Page(rendered(run))
+    assert page.tags.count("figure") == 4
+    assert "client timestamps" in page.text
+
+
+def test_a_page_that_cannot_be_written_leaves_nothing(run_of, tmp_path):
+    run = run_of()
+    with pytest.raises(AnalysisError, match="cannot be written"):
+        write_report([run], [ensure_energy(run)], tmp_path / "nowhere" / "r.html", "t")
+    write_report([run], [ensure_energy(run)], tmp_path / "r.html", "t")
+    assert [p.name for p in tmp_path.iterdir() if p.is_file()] == ["r.html"]
+
+
+def test_no_runs_no_headlines():
+    assert headlines([]) == []

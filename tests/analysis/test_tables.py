@@ -1,0 +1,214 @@
+"""Latency, buckets, comparison and queries against plain Polars and hand-made numbers."""
+
+import numpy as np
+import polars as pl
+import pytest
+
+from analysis.buckets import Slo, bucket_table, parse_slo, rows_for_people
+from analysis.compare import compare
+from analysis.energy import attribute
+from analysis.latency import latency_exprs, token_gaps
+from analysis.query import query
+from analysis.requests import request_table
+from analysis.saved import ensure_energy
+from tracegen.errors import AnalysisError
+
+
+def test_latencies_follow_their_definitions_and_are_null_where_a_time_is():
+    frame = pl.DataFrame(
+        {
+            "scheduled_ns": [0, 0, 0],
+            "sent_ns": [2_000_000, 2_000_000, 2_000_000],
+            "first_token_ns": [52_000_000, 52_000_000, None],
+            "last_token_ns": [142_000_000, 52_000_000, None],
+            "output_tokens": pl.Series([10, 1, None], dtype=pl.UInt32),
+        }
+    ).with_columns(latency_exprs())
+    assert frame["ttft_ms"].to_list() == [50.0, 50.0, None]
+    assert frame["tpot_ms"].to_list() == [10.0, None, None]
+    assert frame["e2el_ms"].to_list() == [140.0, 50.0, None]
+    assert frame["ttft_from_schedule_ms"].to_list() == [52.0, 52.0, None]
+    assert frame["e2el_from_schedule_ms"].to_list() == [142.0, 52.0, None]
+    assert frame["dispatch_lag_ms"].to_list() == [2.0, 2.0, 2.0]
+
+
+def test_a_chunk_of_several_tokens_is_several_gaps():
+    frame = pl.DataFrame(
+        {
+            "request_id": [1, 2],
+            "chunk_ns": [[0, 30_000_000, 40_000_000], [5_000_000]],
+            "chunk_tokens": [[1, 3, 1], [1]],
+        }
+    )
+    assert token_gaps(frame)["itl_ms"].to_list() == [10.0, 10.0, 10.0, 10.0]
+
+
+def test_buckets_are_what_plain_polars_says(run_of):
+    run = run_of()
+    energy = attribute(run).requests
+    table = bucket_table(run, energy)
+    rows = request_table(run, energy)
+    assert table["group"][-1] == "all"
+    assert table["requests"][:-1].sum() == rows.height
+    for row in table.iter_rows(named=True):
+        mine = rows if row["group"] == "all" else rows.filter(pl.col("bucket") == row["group"])
+        assert row["requests"] == mine.height
+        assert row["ttft_ms_p90"] == pytest.approx(mine["ttft_ms"].quantile(0.9, "linear"))
+        assert row["energy_per_request_j"] == pytest.approx(mine["energy_j"].mean())
+        assert row["energy_per_output_token_j"] == pytest.approx(mine["energy_j"].sum() / mine["output_tokens"].sum())
+        assert row["energy_per_input_token_prefill_j"] == pytest.approx(
+            mine["prefill_j"].sum() / mine["input_tokens"].sum()
+        )
+        assert row["prefill_share"] + row["decode_share"] == pytest.approx(1)
+    weighted = (table["energy_per_request_j"] * table["requests"])[:-1].sum()
+    assert weighted == pytest.approx(energy["energy_j"].sum())
+
+
+def test_bucket_goes_by_the_trace_and_by_what_was_served(run_of, rewrite):
+    run = run_of()
+    trace = run.scan("trace").with_columns(pl.lit(9000, pl.UInt32).alias("input_tokens"), pl.lit("mine").alias("label"))
+    requests = run.scan("requests").with_columns(pl.lit(400, pl.UInt32).alias("output_tokens"))
+    run = rewrite(run, trace=trace.collect(), requests=requests.collect())
+    assert request_table(run)["bucket"].unique().to_list() == ["XL"]
+    assert bucket_table(run, None, by="label")["group"].to_list() == ["mine", "all"]
+    assert request_table(rewrite(run, trace=None))["bucket"].str.tail(1).unique().to_list() == ["L"]
+
+
+def test_chunk_times_make_tbt_a_matter_of_tokens(run_of, rewrite):
+    run = run_of()
+    assert bucket_table(run, None)["tbt_source"].unique().to_list() == ["requests"]
+    chunks = pl.concat_list("first_token_ns", "last_token_ns").alias("chunk_ns")
+    counts = pl.concat_list(pl.lit(1, pl.UInt16), (pl.col("output_tokens") - 1).cast(pl.UInt16)).alias("chunk_tokens")
+    run = rewrite(run, requests=run.scan("requests").with_columns(chunks, counts).collect())
+    table = bucket_table(run, None)
+    assert table["tbt_source"].unique().to_list() == ["tokens"]
+    rows = request_table(run)
+    repeated = np.repeat(rows["tpot_ms"].to_numpy(), rows["output_tokens"].to_numpy() - 1)
+    assert table["tbt_ms_p50"][-1] == pytest.approx(np.quantile(repeated, 0.5))
+
+
+def test_slo_counts_failures_as_missed_and_x_as_long(run_of, rewrite):
+    run = run_of()
+    whole = bucket_table(run, None, slo=Slo((1e9, 1e9, 1e9), 1e9))
+    assert whole["slo_attainment"].to_list() == [1.0] * whole.height
+    assert bucket_table(run, None, slo=Slo((1e-9, 1e-9, 1e-9), 1e9))["slo_attainment"][-1] == 0.0
+    status = pl.when(pl.col("request_id") % 2 == 0).then(pl.lit("timeout")).otherwise("status").alias("status")
+    failed = rewrite(run, requests=run.scan("requests").with_columns(status).collect())
+    share = bucket_table(failed, None, slo=Slo((1e9, 1e9, 1e9), 1e9))["slo_attainment"][-1]
+    assert share == pytest.approx((request_table(failed)["status"] == "ok").mean())
+    headings, cells = rows_for_people(bucket_table(failed, None))
+    assert len(headings) == len(cells[0])
+    assert "failed" in cells[-1][1]
+
+
+@pytest.mark.parametrize("text", ["", "a,b,c", "1,2", "0,1,2"])
+def test_a_wrong_slo_is_refused(text):
+    with pytest.raises(AnalysisError, match="three positive numbers"):
+        parse_slo(text, 100)
+
+
+def test_one_slo_is_for_all_sizes():
+    assert parse_slo("300", 50) == Slo((300, 300, 300), 50)
+
+
+def compared(a, b, **options):
+    return compare(a, b, ensure_energy(a), ensure_energy(b), **options)
+
+
+def test_a_run_compared_with_itself_does_not_differ(run_of):
+    a, b = run_of("a"), run_of("b")
+    for difference in compared(a, b).differences:
+        assert difference.difference_percent in (0.0, None)
+        assert difference.verdict in ("not distinguishable", "too few pairs", "no data")
+
+
+def test_a_difference_is_found_with_its_size_and_sign(run_of, rewrite):
+    a = run_of("a")
+    b = rewrite(run_of("b"), requests=a.scan("requests").with_columns(pl.col("first_token_ns") + 100_000_000).collect())
+    result = compared(a, b)
+    ttft = next(d for d in result.differences if d.group == "all" and d.metric == "ttft_ms")
+    assert ttft.mean_b - ttft.mean_a == pytest.approx(100)
+    assert ttft.verdict == "higher"
+    assert 0 < ttft.low_percent < ttft.difference_percent < ttft.high_percent
+    few = [d for d in result.differences if 0 < d.pairs < 10]
+    assert few
+    assert all(d.verdict == "too few pairs" and d.low_percent is None for d in few)
+    assert compared(a, b).document() == result.document()
+
+
+def test_different_traces_are_refused_unless_unpaired(run_of, rewrite):
+    a, b = run_of("a"), rewrite(run_of("b"), {"trace_sha256": "1" * 64, "engine": "vllm"})
+    with pytest.raises(AnalysisError, match="replayed different traces"):
+        compared(a, b)
+    result = compared(a, b, paired=False)
+    assert result.differences[0].difference_percent == 0.0
+    assert "the runs differ in engine: simulated and vllm" in result.warnings
+
+
+def test_runs_without_a_common_request_are_refused(run_of, rewrite):
+    a = run_of("a")
+    b = rewrite(run_of("b"), requests=a.scan("requests").with_columns(pl.col("request_id") + 10**6).collect())
+    with pytest.raises(AnalysisError, match="no request in common"):
+        compared(a, b)
+
+
+def test_queries_answer_as_plain_polars_does(run_of):
+    run = run_of()
+    energy = attribute(run).requests
+    answer = query(
+        [run], "SELECT bucket, avg(energy_j) AS mean_j, count(*) AS n FROM requests GROUP BY bucket ORDER BY bucket"
+    )
+    rows = (
+        request_table(run, energy).group_by("bucket").agg(mean_j=pl.col("energy_j").mean(), n=pl.len()).sort("bucket")
+    )
+    np.testing.assert_allclose(answer["mean_j"].to_numpy(), rows["mean_j"].to_numpy())
+    assert answer["n"].to_list() == rows["n"].to_list()
+    steps = run.scan("steps").collect()
+    assert query([run], "SELECT count(*) AS n FROM steps")["n"].to_list() == [steps.height]
+    assert query([run], "SELECT max(energy_mj) AS e FROM power WHERE gpu = 1")["e"][0] > 0
+
+
+def test_several_runs_are_one_table_with_their_settings(run_of, rewrite):
+    a, b = run_of("a"), run_of("b", seed=3)
+    b = rewrite(b, {"instances": [{**b.manifest["instances"][0], "freq_mhz": 1200}]}, truth=None)
+    notes = []
+    sql = (
+        "SELECT run, engine, tp, freq_mhz, count(*) AS n FROM requests GROUP BY run, engine, tp, freq_mhz ORDER BY run"
+    )
+    answer = query([a, b], sql, notes.append)
+    assert answer.rows() == [
+        ("a", "simulated", 2, 1980, request_table(a).height),
+        ("b", "simulated", 2, 1200, request_table(b).height),
+    ]
+    assert len(notes) == 2
+    assert query([a, b], "SELECT DISTINCT run FROM truth")["run"].to_list() == ["a"]
+    runs = query([a, b], "SELECT run, measured_j FROM runs ORDER BY run", notes.append)
+    assert runs["measured_j"].min() > 0
+    assert len(notes) == 2
+
+
+def test_a_query_without_energy_still_has_latencies(run_of, rewrite):
+    run = rewrite(run_of(), power=None)
+    notes = []
+    answer = query([run], "SELECT avg(ttft_ms) AS t, avg(energy_j) AS e FROM requests", notes.append)
+    assert answer["t"][0] > 0
+    assert answer["e"][0] is None
+    assert "has no power samples" in notes[0]
+
+
+@pytest.mark.parametrize(
+    ("sql", "words"),
+    [
+        ("SELECT nope FROM requests", "column 'nope' is not there; requests has request_id"),
+        ("SELECT * FROM nope", "table 'nope': there is no such table; tables are requests, energy"),
+        ("SELECT * FROM server_metrics", "table 'server_metrics': no run given has it"),
+        ("SELEC 1", "sql parser error"),
+        ("", "the query is empty"),
+        ("SELECT nope(energy_j) FROM requests", "unsupported function"),
+    ],
+)
+def test_a_bad_query_is_one_line(run_of, sql, words):
+    with pytest.raises(AnalysisError) as error:
+        query([run_of()], sql)
+    assert words in str(error.value)
+    assert "\n" not in str(error.value)
