@@ -31,12 +31,13 @@ def save(energy: Energy) -> None:
 
 
 def ensure_energy(run: Run) -> RunEnergy:
-    """The saved attribution of `run` where it is newer than the run's manifest, else a new one, saved.
+    """The saved attribution of a complete `run` where it is newer than its manifest, else a new one, saved.
 
     A run that cannot be attributed (no power) still has latencies: it comes back with `why`.
     """
     summary_path = run.path / ENERGY_DIR / SUMMARY
-    if summary_path.is_file() and summary_path.stat().st_mtime >= (run.path / MANIFEST).stat().st_mtime:
+    whole = run.manifest.get("state") == "complete"  # a run that goes on, or was cut off, may have grown since
+    if whole and summary_path.is_file() and summary_path.stat().st_mtime >= (run.path / MANIFEST).stat().st_mtime:
         summary = json.loads(summary_path.read_text(encoding="utf-8"))
         if summary.get("method") == DEFAULT_METHOD:
             return RunEnergy(pl.read_parquet(run.path / ENERGY_DIR / "requests.parquet"), summary)

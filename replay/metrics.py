@@ -12,8 +12,11 @@ from replay.rundir import SERVER_METRICS, PartWriter
 
 _PERIOD_S = 1.0
 # name{labels} value, as in the Prometheus text format; comments and timestamps are not needed here.
-_SAMPLE = re.compile(r"^([a-zA-Z_:][\w:]*)(?:\{(.*)\})? ([^ ]+)", re.MULTILINE)
-_SKIPPED = ("_bucket", "_created")  # histograms' cells: many rows, little said that requests.parquet does not say better
+_SAMPLE = re.compile(r"^([a-zA-Z_:][\w:]*)(?:\{(.*)\})? (\S+)", re.MULTILINE)
+_SKIPPED = (
+    "_bucket",
+    "_created",
+)  # histograms' cells: many rows, little said that requests.parquet does not say better
 
 
 def parse_metrics(text: str) -> list[tuple[str, str, float]]:

@@ -14,16 +14,18 @@ _FLUSH_S = 1.0
 _RECENT = 1000  # ended requests that the live figures look back on
 
 
-def to_frame(records: list[Record]) -> pl.DataFrame:
-    """`requests.parquet` rows of `records`."""
-    rows = [tuple(getattr(record, name) for name in _SCHEMA) for record in records]
-    return pl.DataFrame(rows, schema=_SCHEMA, orient="row")
+def to_frame(records: list[Record], *, save_chunks: bool = True) -> pl.DataFrame:
+    """`requests.parquet` rows of `records`, with or without the time and tokens of each chunk."""
+    schema = _SCHEMA if save_chunks else REQUESTS
+    rows = [tuple(getattr(record, name) for name in schema) for record in records]
+    return pl.DataFrame(rows, schema=schema, orient="row")
 
 
 class RecordStore:
     """Takes each record when its request ends; memory is bounded by what a second brings."""
 
-    def __init__(self, run_dir: Path) -> None:
+    def __init__(self, run_dir: Path, *, save_chunks: bool = True) -> None:
+        self._save_chunks = save_chunks
         self._writer = PartWriter(run_dir, "requests")
         self._waiting: list[Record] = []
         self.sent = 0
@@ -48,7 +50,7 @@ class RecordStore:
         """Write what has ended since the last flush, off the event loop."""
         records, self._waiting = self._waiting, []
         if records:
-            await asyncio.to_thread(lambda: self._writer.append(to_frame(records)))
+            await asyncio.to_thread(lambda: self._writer.append(to_frame(records, save_chunks=self._save_chunks)))
 
     async def flush_forever(self) -> None:
         """Flush once a second until cancelled."""

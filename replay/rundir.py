@@ -6,7 +6,8 @@ A reader sees the same rows either way. Only this module is seen by `analysis`.
 
 import json
 import os
-from collections.abc import Mapping
+import shutil
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -137,7 +138,9 @@ def check_table(frame: pl.LazyFrame, table: str, source: Path) -> pl.LazyFrame:
 def _convertible(have: pl.DataType, want: pl.DataType) -> bool:
     """Whether a column written by another program as `have` may be read as `want` without losing its meaning."""
     if isinstance(have, pl.List) and isinstance(want, pl.List):
-        return _convertible(pl.DataType.from_python(int) if have.inner is None else _dtype(have.inner), _dtype(want.inner))
+        return _convertible(
+            pl.DataType.from_python(int) if have.inner is None else _dtype(have.inner), _dtype(want.inner)
+        )
     if have == pl.Null:
         return True
     if want == pl.String:
@@ -182,9 +185,7 @@ def scan_table(run_dir: Path, table: str) -> pl.LazyFrame:
     try:
         if path.is_dir():
             # Parts may differ in optional columns.
-            frame = pl.scan_parquet(
-                sorted(path.glob("*-*.parquet")), missing_columns="insert", extra_columns="ignore"
-            )
+            frame = pl.scan_parquet(sorted(path.glob("*-*.parquet")), missing_columns="insert", extra_columns="ignore")
         else:
             frame = pl.scan_parquet(path)
         return check_table(frame, table, path)
@@ -198,12 +199,23 @@ def has_table(run_dir: Path, table: str) -> bool:
     return path.is_file() or (path.is_dir() and any(path.glob("*-*.parquet")))
 
 
-def compact(run_dir: Path, table: str, *, sort_by: str | None = None) -> None:
-    """Make a table's parts one file, sorted by `sort_by` where given; a table without parts becomes an empty file."""
+def compact(
+    run_dir: Path,
+    table: str,
+    *,
+    sort_by: Sequence[str] = (),
+    merge: Callable[[pl.DataFrame], pl.DataFrame] | None = None,
+) -> None:
+    """Make a table's parts one file, passed through `merge` and sorted by `sort_by` where given.
+
+    A folder without parts becomes an empty table; a table that is one file already, or is not there, stays as it is.
+    """
     folder = run_dir / f"{table}.parquet"
     if not folder.is_dir():
         return
     frame = scan_table(run_dir, table).collect() if has_table(run_dir, table) else TABLES[table].to_frame()
+    if merge is not None:
+        frame = merge(frame)
     if sort_by:
         frame = frame.sort(sort_by, maintain_order=True)
     # A folder and a file cannot share a name: write the file beside it, move the folder away, then rename.
@@ -212,9 +224,7 @@ def compact(run_dir: Path, table: str, *, sort_by: str | None = None) -> None:
     aside = run_dir / f".{table}.parts"
     folder.rename(aside)
     whole.replace(folder)
-    for part in aside.iterdir():
-        part.unlink()
-    aside.rmdir()
+    shutil.rmtree(aside)
 
 
 def write_manifest(run_dir: Path, manifest: Mapping[str, Any]) -> None:
@@ -245,7 +255,9 @@ def read_manifest(run_dir: Path) -> dict[str, Any]:
     if not major.isdigit():
         raise RunError(f"{path}: has no schema_version")
     if int(major) > int(SCHEMA_VERSION.partition(".")[0]):
-        raise RunError(f"{path}: schema_version {version} is newer than this program's {SCHEMA_VERSION}; update wattrace")
+        raise RunError(
+            f"{path}: schema_version {version} is newer than this program's {SCHEMA_VERSION}; update wattrace"
+        )
     return dict(manifest)
 
 

@@ -18,13 +18,17 @@ async def ask_models(base_url: str, model: str | None, timeout_s: float) -> Serv
     try:
         async with aiohttp.ClientSession(timeout=timeout) as session, session.get(f"{base_url}/v1/models") as answer:
             if answer.status != 200:
-                raise ReplayError(f"{base_url}/v1/models answers HTTP {answer.status}; is this an OpenAI-compatible server?")
+                raise ReplayError(
+                    f"{base_url}/v1/models answers HTTP {answer.status}; is this an OpenAI-compatible server?"
+                )
             cards = (await answer.json(content_type=None))["data"]
             found = {str(card["id"]): card.get("max_model_len") for card in cards}
     except (aiohttp.ClientError, OSError, TimeoutError) as error:
         raise ReplayError(f"{base_url} cannot be reached ({_why(error)}); {_HINT}") from None
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise ReplayError(f"{base_url}/v1/models answers no list of models; is this an OpenAI-compatible server?") from None
+        raise ReplayError(
+            f"{base_url}/v1/models answers no list of models; is this an OpenAI-compatible server?"
+        ) from None
     if model is None and len(found) == 1:
         model = next(iter(found))
     if model not in found:

@@ -71,4 +71,6 @@ class SimEngine:
         """Each request's Shapley value of the simulator's own step energies."""
         if not (has_table(run_dir, "steps") and has_table(run_dir, "segments")):
             return None
-        return shapley_truth(scan_table(run_dir, "steps").collect(), scan_table(run_dir, "segments").collect(), self._hardware)
+        return shapley_truth(
+            scan_table(run_dir, "steps").collect(), scan_table(run_dir, "segments").collect(), self._hardware
+        )

@@ -19,7 +19,9 @@ _SENSORS = {
     "A100": {"instant": Sensor(period_ns=100 * _MS, window_ns=25 * _MS, lag_ns=0)},
     "V100": {"instant": Sensor(period_ns=20 * _MS, window_ns=10 * _MS, lag_ns=0)},
 }
-_NO_PERMISSION = "changing clocks needs root or CAP_SYS_ADMIN; run with sudo, or without --freq at the driver's own clocks"
+_NO_PERMISSION = (
+    "changing clocks needs root or CAP_SYS_ADMIN; run with sudo, or without --freq at the driver's own clocks"
+)
 
 
 class NvmlGpus:

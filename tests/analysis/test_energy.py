@@ -286,3 +286,9 @@ def test_energy_older_than_the_manifest_is_computed_anew(run_of, rewrite):
     later = summary.stat().st_mtime + 5
     os.utime(run.path / "manifest.json", (later, later))
     assert ensure_energy(Run.open(run.path)).fresh is True
+
+
+def test_energy_of_an_unfinished_run_is_computed_each_time(run_of, rewrite):
+    run = rewrite(run_of(), {"state": "running"})
+    assert ensure_energy(run).fresh is True
+    assert ensure_energy(run).fresh is True

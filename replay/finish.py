@@ -1,0 +1,98 @@
+"""After the last request: make each table one file, compute a simulated run's truth, judge the run."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from replay import verdicts
+from replay.engines.base import Engine
+from replay.rundir import TABLES, compact, has_table, scan_table, write_manifest
+from tracegen.errors import RunError
+from tracegen.schema import write_parquet
+
+_SORT = {
+    "requests": ["scheduled_ns", "request_id"],
+    "steps": ["instance", "step"],
+    "segments": ["instance", "first_step", "request_id"],
+    "power": ["t_ns", "gpu"],
+    "server_metrics": ["t_ns"],
+}
+_ALIKE = ["instance", "request_id", "kind", "tokens_per_step"]
+
+
+def finish_run(run_dir: Path, manifest: dict[str, Any], engine: Engine, late_ns: Sequence[int]) -> None:
+    """Turn the parts in `run_dir` into whole tables and write the last manifest.
+
+    `manifest["state"]` becomes `complete`, unless it says that the run was interrupted or failed. `late_ns` are the
+    event loop's delays.
+    """
+    for table in TABLES:
+        compact(run_dir, table, sort_by=_SORT.get(table, []), merge=merge_segments if table == "segments" else None)
+    truth = engine.truth(run_dir)
+    if truth is not None:
+        write_parquet(truth.to_arrow(compat_level=pl.CompatLevel.oldest()), run_dir / "truth.parquet")
+    manifest["verdicts"] = [asdict(verdict) for verdict in judge(run_dir, manifest, late_ns)]
+    if manifest["state"] == "finishing":
+        manifest["state"] = "complete"
+    write_manifest(run_dir, manifest)
+
+
+def merge_segments(segments: pl.DataFrame) -> pl.DataFrame:
+    """`segments` with rows joined where one goes on as the other left off.
+
+    A recorder cuts open segments at each flush, so that a killed run can be read; a whole run needs no cuts. Rows of
+    foreign requests (null `request_id`) stay: which of them belong together is not known.
+    """
+    ours = segments.filter(pl.col("request_id").is_not_null()).sort([*_ALIKE[:2], "first_step"])
+    steps = (pl.col("last_step") - pl.col("first_step") + 1) * pl.col("tokens_per_step")
+    goes_on = (
+        pl.all_horizontal(pl.col(name) == _above(name) for name in _ALIKE)
+        & (pl.col("first_step") == _above("last_step") + 1)
+        & (pl.col("context_start") == _above("context_start") + steps.shift(1))
+    ).fill_null(value=False)
+    merged = (
+        ours.with_columns((~goes_on).cum_sum().alias("run"))
+        .group_by("run", maintain_order=True)
+        .agg(pl.all().exclude("last_step").first(), pl.col("last_step").last())
+        .select(segments.columns)
+    )
+    foreign = segments.filter(pl.col("request_id").is_null())
+    return pl.concat([merged, foreign])
+
+
+def _above(name: str) -> pl.Expr:
+    """Column `name` of the row before."""
+    return pl.col(name).shift(1)
+
+
+def judge(run_dir: Path, manifest: dict[str, Any], late_ns: Sequence[int]) -> list[verdicts.Verdict]:
+    """Every verdict on the run in `run_dir`."""
+
+    def table(name: str) -> pl.DataFrame | None:
+        return scan_table(run_dir, name).collect() if has_table(run_dir, name) else None
+
+    requests, trace, power = table("requests"), table("trace"), table("power")
+    if requests is None or trace is None:
+        raise RunError(f"{run_dir}: no request was recorded")
+    instance, gpus = manifest["instances"][0], manifest["gpus"]
+    serving = instance["gpus"]
+    window = manifest["measure_start_ns"], manifest["measure_end_ns"]
+    mine = [gpu for gpu in gpus if gpu["gpu"] in serving]
+    before, after = ([gpu.get(key, {}) for gpu in mine] for key in ("idle_power_w", "idle_power_after_w"))
+    arguments = manifest["arguments"]
+    return [
+        verdicts.all_answered(requests, trace.height),
+        verdicts.open_loop(arguments["max_concurrency"], arguments["max_rate_rps"]),
+        verdicts.dispatch_lag(requests),
+        verdicts.loop_stall(late_ns),
+        verdicts.lengths_exact(requests, trace),
+        verdicts.saturated(requests),
+        verdicts.steps_complete(table("steps"), table("segments"), requests),
+        verdicts.clocks_held(power, serving, instance["freq_mhz"]),
+        verdicts.sensor_alive(power, serving, *window),
+        verdicts.counter_agrees(power, serving, *window),
+        verdicts.idle_measured(before, after),
+    ]

@@ -1,0 +1,479 @@
+"""One run from beginning to end: the module that wires clocks, sampler, engine, dispatch and records together.
+
+Order matters: clocks are locked before the server starts (no permission is an error before anything is launched), idle
+power is measured with the model loaded and the clock locked, and whatever was started ends in reverse order on every
+way out. Until the first request is due, an error leaves no run directory.
+"""
+
+import asyncio
+import contextlib
+import gc
+import math
+import os
+import platform
+import shutil
+import signal
+import socket
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import asdict, dataclass, field
+from hashlib import blake2b
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import polars as pl
+from asyncio_throttle import Throttler
+
+from replay.client import CompletionsClient, Record, abort_all
+from replay.clock import NS_PER_MS, NS_PER_S, now_ns
+from replay.dispatch import StallMeter, dispatch
+from replay.engines.attach import AttachedEngine
+from replay.engines.base import Engine, Served
+from replay.engines.process import check_port, free_port
+from replay.engines.sim import SimEngine
+from replay.engines.vllm import VllmEngine
+from replay.finish import finish_run
+from replay.gpu.base import Gpus, open_gpus
+from replay.gpu.baseline import idle_power_w
+from replay.gpu.clocks import ClockLock, nearest_clock
+from replay.gpu.sampler import Sampler
+from replay.gpu.sim import SimBoard
+from replay.live import Progress, Snapshot
+from replay.metrics import scrape
+from replay.plan import Plan, RunOptions, fit_lengths, make_plan
+from replay.prompts import completion_body, prompt_ids
+from replay.records import RecordStore
+from replay.rundir import scan_table, write_manifest
+from replay.sim.hardware import Hardware, load_profile
+from tracegen.durations import format_duration
+from tracegen.errors import GpuError, ReplayError, WattraceError
+from tracegen.schema import file_sha256, read_metadata, write_trace
+
+_LEAD_NS = NS_PER_S // 2  # between the decision to start and the first scheduled time
+_REDRAW_S = 0.25
+_EXIT_INTERRUPTED = 130
+_BOARD = ".board"  # the simulated driver's file, for as long as the run lasts
+
+
+@dataclass
+class _State:
+    """What is known of the run so far."""
+
+    manifest: dict[str, Any]
+    trace: pl.DataFrame
+    cancel: asyncio.Task[Any] | None = None  # what the first Ctrl-C cancels
+    interrupted: bool = False
+    engine_died: bool = False
+    gpu_spec: str | None = None
+    locked_mhz: int | None = None
+    idle_before: tuple[int, int] | None = None
+    late_ns: list[int] = field(default_factory=list)
+
+
+async def run(options: RunOptions, progress: Progress) -> Path:
+    """Replay `options.trace` and return the run directory.
+
+    Raises a `WattraceError` when the run cannot be started; a run that was started is always written, and says in its
+    manifest how it ended (`complete`, `interrupted` or `failed`) and what to think of it (`verdicts`).
+    """
+    plan = make_plan(options)
+    run_id = os.urandom(8).hex()
+    state = _State(manifest=_first_manifest(plan, run_id), trace=plan.trace)
+    state.cancel = asyncio.current_task()
+    if plan.engine == "sim":
+        progress.say(f"SIMULATED: {plan.why_engine}; power, step times and GPUs come from profile {options.profile}")
+    else:
+        progress.say(f"engine: {plan.engine} ({plan.why_engine})")
+    plan.run_dir.mkdir(parents=True, exist_ok=True)
+    started = False
+    try:
+        with _signals(state):
+            async with AsyncExitStack() as stack:
+                engine, served, sampler = await _prepare(plan, state, stack, progress)
+                started = True
+                await _measure(plan, state, engine, served, sampler, progress)
+            # The server and the sampler have ended: all tables are written.
+            progress.status("writing tables")
+            await asyncio.to_thread(finish_run, plan.run_dir, state.manifest, engine, state.late_ns)
+    except BaseException as error:
+        if not started:
+            _clear(plan, error)
+        raise
+    return plan.run_dir
+
+
+def _clear(plan: Plan, error: BaseException) -> None:
+    """Remove a run directory in which nothing was measured; a launched server's log is kept beside it."""
+    log = plan.run_dir / "server.log"
+    if plan.engine == "vllm" and isinstance(error, WattraceError) and log.is_file():
+        kept = plan.run_dir.with_name(f"{plan.run_dir.name}.server.log")
+        shutil.move(log, kept)
+        error.args = (f"{error}; the whole log is in {kept}",)
+    shutil.rmtree(plan.run_dir, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _signals(state: _State) -> Any:
+    """The first Ctrl-C (or SIGTERM) ends the run in order; the second at once.
+
+    At once is safe: every child ends, and the clocks are given back, when our end of its pipe closes.
+    """
+    loop = asyncio.get_running_loop()
+
+    def on_signal() -> None:
+        if state.interrupted:
+            os._exit(_EXIT_INTERRUPTED)
+        state.interrupted = True
+        if state.cancel is not None:
+            state.cancel.cancel()
+
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    for number in numbers:
+        loop.add_signal_handler(number, on_signal)
+    try:
+        yield
+    finally:
+        for number in numbers:
+            loop.remove_signal_handler(number)
+
+
+async def _prepare(
+    plan: Plan, state: _State, stack: AsyncExitStack, progress: Progress
+) -> tuple[Engine, Served, Sampler | None]:
+    """Lock clocks, start sampler and server, measure idle power; everything is ended by `stack`."""
+    options, run_dir = plan.options, plan.run_dir
+    port = options.port or free_port()
+    if options.port and plan.engine != "url":
+        check_port(options.port)
+    hardware = Hardware(load_profile(options.profile), plan.tp) if plan.engine == "sim" else None
+    if hardware is not None:
+        SimBoard.create(run_dir / _BOARD, hardware.profile, seed=options.seed).close()
+        stack.callback((run_dir / _BOARD).unlink, missing_ok=True)
+        state.gpu_spec = f"sim:{run_dir / _BOARD}"
+    elif plan.gpus:
+        state.gpu_spec = "nvml"
+    sampler = None
+    uuids: list[str] = []
+    if state.gpu_spec is not None:
+        gpus = open_gpus(state.gpu_spec)
+        stack.callback(gpus.close)
+        uuids = _describe_gpus(plan, state, gpus, progress)
+        if state.locked_mhz is not None:
+            await stack.enter_async_context(ClockLock(state.gpu_spec, plan.gpus, state.locked_mhz))
+        indices = [entry["gpu"] for entry in state.manifest["gpus"]]
+        sampler = await stack.enter_async_context(Sampler(state.gpu_spec, indices, run_dir, _host()))
+    engine = await stack.enter_async_context(_make_engine(plan, hardware, port, uuids, progress))
+    served = await engine.ready()
+    _take_served(plan, state, served, progress)
+    if sampler is not None:
+        state.idle_before = await _idle(options.idle_ns, sampler, progress, "before")
+        _record_idle(plan, state, "idle_power_w", state.idle_before)
+    return engine, served, sampler
+
+
+def _describe_gpus(plan: Plan, state: _State, gpus: Gpus, progress: Progress) -> list[str]:
+    """Enter all GPUs of this host into the manifest, choose the clock; return the UUIDs of those that serve."""
+    devices = {device.gpu: device for device in gpus.devices()}
+    for gpu in plan.gpus:
+        if gpu not in devices:
+            raise GpuError(f"GPU {gpu} does not exist: this host has {len(devices)} (--tp {plan.tp}, --gpus)")
+    state.manifest["gpus"] = [
+        {
+            "host": _host(),
+            "gpu": device.gpu,
+            "uuid": device.uuid,
+            "name": device.name,
+            "sensors": {name: asdict(sensor) for name, sensor in gpus.sensors(device.gpu).items()},
+        }
+        for device in devices.values()
+    ]
+    asked = plan.options.freq_mhz
+    if asked is not None:
+        state.locked_mhz = nearest_clock(gpus, plan.gpus, asked)
+        if state.locked_mhz != asked:
+            progress.say(f"--freq {asked}: not a clock of this GPU; locking the nearest, {state.locked_mhz} MHz")
+    state.manifest["instances"][0]["freq_mhz"] = state.locked_mhz
+    return [devices[gpu].uuid for gpu in plan.gpus]
+
+
+def _make_engine(plan: Plan, hardware: Hardware | None, port: int, uuids: Sequence[str], progress: Progress) -> Engine:
+    """The engine that the plan names, not yet started."""
+    options = plan.options
+    if hardware is not None:
+        return SimEngine(
+            hardware, plan.gpus, plan.model or "", port, plan.run_dir / _BOARD, plan.run_dir,
+            options.ready_timeout_s, progress.status,
+        )  # fmt: skip
+    if plan.engine == "vllm":
+        return VllmEngine(
+            plan.model or "", plan.tp, uuids, port, options.vllm_python, options.vllm_args,
+            plan.run_dir / "server.log", options.ready_timeout_s, progress.status,
+        )  # fmt: skip
+    return AttachedEngine(options.engine, options.model, timeout_s=10.0, exact=options.exact)
+
+
+def _take_served(plan: Plan, state: _State, served: Served, progress: Progress) -> None:
+    """Fit the trace to the model that answered, and write what will be replayed."""
+    state.trace, changed = fit_lengths(plan.trace, served.max_model_len, plan.options.overlong)
+    if changed:
+        done = {"drop": "dropped", "clip": "clipped"}[plan.options.overlong]
+        progress.say(f"{done} {changed} requests longer than the model's {served.max_model_len} tokens")
+        state.manifest["overlong"] = {"rule": plan.options.overlong, "requests": changed}
+    write_trace(state.trace, plan.run_dir / "trace.parquet", read_metadata(plan.options.trace))
+    state.manifest["instances"][0] |= {"model": served.model, "max_model_len": served.max_model_len}
+    write_manifest(plan.run_dir, state.manifest)
+
+
+async def _idle(length_ns: int, sampler: Sampler, progress: Progress, when: str) -> tuple[int, int]:
+    """Let the engine idle for `length_ns`; the interval, all readings of which are written."""
+    start_ns = now_ns()
+    end_ns = start_ns + length_ns
+    while (left_ns := end_ns - now_ns()) > 0:
+        progress.status(f"measuring idle power {when} the run ({math.ceil(left_ns / NS_PER_S)} s)")
+        await asyncio.sleep(min(_REDRAW_S, left_ns / NS_PER_S))
+    await sampler.written_until(end_ns)
+    return start_ns, end_ns
+
+
+def _record_idle(plan: Plan, state: _State, key: str, interval: tuple[int, int]) -> None:
+    """Enter the idle power of each GPU over `interval` into the manifest."""
+    power = scan_table(plan.run_dir, "power").collect()
+    for entry in state.manifest["gpus"]:
+        entry[key] = idle_power_w(power, entry["gpu"], *interval)
+    write_manifest(plan.run_dir, state.manifest)
+
+
+async def _measure(
+    plan: Plan, state: _State, engine: Engine, served: Served, sampler: Sampler | None, progress: Progress
+) -> None:
+    """Send the trace and wait for the answers; afterwards the manifest says how it ended."""
+    options = plan.options
+    store = RecordStore(plan.run_dir, save_chunks=options.save_chunks)
+    epoch_ns = now_ns() + _LEAD_NS
+    state.manifest |= {"state": "running", "measure_start_ns": epoch_ns}
+    state.manifest["clock_anchors"].append(_anchor())
+    write_manifest(plan.run_dir, state.manifest)
+    stalls = StallMeter()
+    # Connections are the load's business: no limit, and no DNS or keep-alive surprises in the middle.
+    connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=3600, ttl_dns_cache=3600)
+    async with aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout()) as session:
+        client = CompletionsClient(session, served.base_url, options.request_timeout_s)
+        sending = asyncio.create_task(_send_all(plan, state, served, client, store, epoch_ns))
+        state.cancel = sending
+        watchers = [
+            stalls.run(),
+            store.flush_forever(),
+            scrape(session, served.base_url, plan.run_dir, 0),
+            _watch(engine, sending, state),
+            _show(state, store, sampler, epoch_ns, progress),
+        ]
+        with _no_garbage_collection():
+            async with _background(watchers, sending):
+                with contextlib.suppress(asyncio.CancelledError):
+                    await sending
+        await store.flush()
+    state.late_ns = stalls.late_ns
+    whole = not (state.interrupted or state.engine_died)
+    state.manifest |= {
+        "state": "finishing" if whole else "interrupted" if state.interrupted else "failed",
+        "measure_end_ns": now_ns(),
+        "requests": {"planned": state.trace.height, "sent": store.sent, "ended": store.ended},
+    }
+    state.manifest["clock_anchors"].append(_anchor())
+    write_manifest(plan.run_dir, state.manifest)
+    state.cancel = None
+    if sampler is not None and sampler.alive:
+        if whole:
+            # The end of the window must be sampled before the idle baseline after it begins.
+            _record_idle(plan, state, "idle_power_after_w", await _idle(options.idle_ns, sampler, progress, "after"))
+        else:
+            await sampler.written_until(state.manifest["measure_end_ns"])
+
+
+async def _send_all(
+    plan: Plan, state: _State, served: Served, client: CompletionsClient, store: RecordStore, epoch_ns: int
+) -> None:
+    """Dispatch every request at its time and wait for all answers; cancelled, abort what is in flight."""
+    options, rows = plan.options, state.trace.rows(named=True)
+    scheduled_ns = [epoch_ns + row["arrival_ns"] for row in rows]
+    salt = int.from_bytes(blake2b(state.manifest["run_id"].encode(), digest_size=8).digest())
+    gate = _Gate(options.max_concurrency, options.max_rate_rps)
+
+    def prepare(i: int) -> bytes:
+        row = rows[i]
+        ids = prompt_ids(
+            salt, row["request_id"], row["input_tokens"], row.get("prefix_hashes") or (), plan.block_tokens
+        )
+        return completion_body(served.model, ids, row["output_tokens"], exact=options.exact)
+
+    async def send(i: int, body: bytes) -> None:
+        row = rows[i]
+        record = Record(row["request_id"], 0, scheduled_ns[i], row["output_tokens"])
+        store.start()
+        try:
+            async with gate:
+                await client.send(record, body)
+        finally:
+            store.end(record)
+
+    tasks: set[asyncio.Task[None]] = set()
+    try:
+        await dispatch(scheduled_ns, prepare, send, tasks)
+        while tasks:
+            await asyncio.wait(tasks)
+    finally:
+        await abort_all(tasks)
+
+
+class _Gate:
+    """The opt-in caps; they act after the scheduled time, so what they hold back shows as lag."""
+
+    def __init__(self, max_concurrency: int | None, max_rate_rps: float | None) -> None:
+        self._slots = asyncio.Semaphore(max_concurrency) if max_concurrency else contextlib.nullcontext()
+        # The throttler's waiters poll and are not first-come first-served; a lock lets one wait at a time.
+        self._turn = asyncio.Lock()
+        period_s = max(1.0, 1.0 / max_rate_rps) if max_rate_rps else 0.0
+        self._throttler = Throttler(max(1, round(max_rate_rps * period_s)), period_s) if max_rate_rps else None
+
+    async def __aenter__(self) -> None:
+        """Wait for the turn."""
+        await self._slots.__aenter__()
+        if self._throttler is not None:
+            async with self._turn, self._throttler:
+                pass
+
+    async def __aexit__(self, *error: Any) -> None:
+        """Free the slot."""
+        await self._slots.__aexit__(*error)
+
+
+@contextlib.contextmanager
+def _no_garbage_collection() -> Any:
+    """No collector pauses while requests are timed; reference counting goes on."""
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+        gc.unfreeze()
+
+
+@asynccontextmanager
+async def _background(
+    coroutines: Sequence[Coroutine[Any, Any, None]], sending: asyncio.Task[None]
+) -> AsyncIterator[None]:
+    """Run `coroutines` beside the sending; one that fails is a bug and ends it."""
+    tasks = [asyncio.create_task(coroutine) for coroutine in coroutines]
+
+    def ended(task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and task.exception() is not None:
+            sending.cancel()
+
+    for task in tasks:
+        task.add_done_callback(ended)
+    try:
+        yield
+    finally:
+        for task in tasks:
+            task.cancel()
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+    for result in results:
+        if isinstance(result, Exception):
+            raise result
+
+
+async def _watch(engine: Engine, sending: asyncio.Task[None], state: _State) -> None:
+    """End the sending when the server has died: nobody is left to answer."""
+    while engine.alive():
+        await asyncio.sleep(_REDRAW_S)
+    state.engine_died = True
+    sending.cancel()
+    await asyncio.Event().wait()
+
+
+async def _show(state: _State, store: RecordStore, sampler: Sampler | None, epoch_ns: int, progress: Progress) -> None:
+    """Keep the progress fresh."""
+    planned_ns = int(state.trace["arrival_ns"][-1])
+    serving = state.manifest["instances"][0]["gpus"]
+    before = (epoch_ns, 0)
+    while True:
+        t_ns = now_ns()
+        recent = list(store.recent)
+        lags = [r.sent_ns - r.scheduled_ns for r in recent if r.sent_ns is not None]
+        ttfts = [r.first_token_ns - r.sent_ns for r in recent if r.first_token_ns and r.sent_ns]
+        status = sampler.status if sampler is not None else None
+        watts = [w for gpu in serving if status and (w := status.watts.get(gpu)) is not None]
+        clocks = {status.clocks_mhz.get(gpu) for gpu in serving} if status else set()
+        rate = (store.output_tokens - before[1]) / ((t_ns - before[0]) / NS_PER_S) if t_ns > before[0] else None
+        progress.update(
+            Snapshot(
+                elapsed_ns=max(0, t_ns - epoch_ns), planned_ns=planned_ns, planned=state.trace.height,
+                sent=store.sent, ended=store.ended, errors=store.errors,
+                lag_p50_ns=_percentile(lags, 0.5), lag_p99_ns=_percentile(lags, 0.99),
+                ttft_p50_ns=_percentile(ttfts, 0.5), ttft_p99_ns=_percentile(ttfts, 0.99),
+                output_tokens_per_s=rate, watts=sum(watts) if watts else None,
+                clock_mhz=clocks.pop() if len(clocks) == 1 else None,
+            )
+        )  # fmt: skip
+        await asyncio.sleep(_REDRAW_S)
+
+
+def _percentile(values: list[int], q: float) -> float | None:
+    return float(sorted(values)[min(len(values) - 1, int(q * len(values)))]) if values else None
+
+
+def _first_manifest(plan: Plan, run_id: str) -> dict[str, Any]:
+    """What is known before anything is started."""
+    options = plan.options
+    return {
+        "state": "starting",
+        "run_id": run_id,
+        "engine": {"sim": "simulated", "vllm": "vllm", "url": "attached"}[plan.engine],
+        "simulated_profile": options.profile if plan.engine == "sim" else None,
+        "instances": [
+            {
+                "instance": 0,
+                "host": _host(),
+                "gpus": list(plan.gpus),
+                "tp": plan.tp,
+                "freq_mhz": None,
+                "freq_asked_mhz": options.freq_mhz,
+                "power_cap_w": None,
+                "model": plan.model,
+                "max_model_len": None,
+            }
+        ],
+        "gpus": [],
+        "hosts": [{"host": _host(), "offset_ns": 0, "offset_error_ns": 0}],
+        "workers": [{"worker": 0, "host": _host()}],
+        "clock_anchors": [_anchor()],
+        "trace_sha256": file_sha256(options.trace),
+        "arguments": {key: str(value) if isinstance(value, Path) else value for key, value in asdict(options).items()},
+        "seed": options.seed,
+        "metadata": options.metadata,
+        "versions": _versions(),
+        "verdicts": [],
+    }
+
+
+def _versions() -> dict[str, str]:
+    """The versions that a figure may depend on."""
+    found = {"python": platform.python_version(), "platform": platform.platform()}
+    for package in ("wattrace", "polars", "pyarrow", "numpy", "aiohttp", "uvloop", "nvidia-ml-py", "vllm"):
+        with contextlib.suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
+
+
+def _anchor() -> dict[str, int]:
+    """One instant on both clocks: the only place where wall time is kept."""
+    return {"monotonic_ns": now_ns(), "unix_ns": time.time_ns()}
+
+
+def _host() -> str:
+    return socket.gethostname()

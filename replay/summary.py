@@ -1,0 +1,96 @@
+"""What a finished run says of itself, for people and for machines; every figure comes from its tables."""
+
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from replay.clock import NS_PER_MS, NS_PER_S
+from replay.rundir import Run
+
+
+def summarize(run_dir: Path) -> dict[str, Any]:
+    """Counts, latencies in ms, power in W and energy in J of the run in `run_dir`; None where nothing was measured."""
+    run = Run.open(run_dir)
+    manifest = run.manifest
+    requests = run.scan("requests").collect()
+    start_ns, end_ns = manifest["measure_start_ns"], manifest["measure_end_ns"]
+    seconds = (end_ns - start_ns) / NS_PER_S
+    ok = requests.filter(pl.col("status") == "ok")
+    output_tokens = ok["output_tokens"].sum() if ok["output_tokens"].null_count() < ok.height else None
+    gpus = manifest["instances"][0]["gpus"]
+    energy_j = _counter_j(run, gpus, start_ns, end_ns)
+    return {
+        "run": str(run_dir),
+        "state": manifest["state"],
+        "simulated": run.simulated,
+        "seconds": seconds,
+        "requests_planned": manifest["requests"]["planned"],
+        "requests_sent": manifest["requests"]["sent"],
+        "requests_ok": ok.height,
+        "output_tokens": output_tokens,
+        "output_tokens_per_s": None if output_tokens is None else output_tokens / seconds,
+        "ttft_ms": _percentiles(ok["first_token_ns"] - ok["sent_ns"]),
+        "e2el_ms": _percentiles(ok["last_token_ns"] - ok["sent_ns"]),
+        "tpot_ms": _percentiles(
+            (ok["last_token_ns"] - ok["first_token_ns"]) / (ok["output_tokens"].cast(pl.Int64) - 1)
+        ),
+        "gpus": gpus,
+        "freq_mhz": manifest["instances"][0]["freq_mhz"],
+        "energy_j": energy_j,
+        "mean_power_w": None if energy_j is None else energy_j / seconds,
+        "verdicts": manifest["verdicts"],
+    }
+
+
+def _percentiles(ns: pl.Series) -> dict[str, float] | None:
+    """p50, p90 and p99 in ms; None without a value. A TPOT of a single token is no number and is left out."""
+    ms = (ns.cast(pl.Float64) / NS_PER_MS).drop_nulls()
+    ms = ms.filter(ms.is_finite())
+    if ms.is_empty():
+        return None
+    return {f"p{q}": float(ms.quantile(q / 100, "linear") or 0.0) for q in (50, 90, 99)}
+
+
+def _counter_j(run: Run, gpus: list[int], start_ns: int, end_ns: int) -> float | None:
+    """What the energy counters of `gpus` gained between the readings nearest inside the window."""
+    if not gpus or not run.has("power"):
+        return None
+    inside = run.scan("power").filter(pl.col("gpu").is_in(gpus) & pl.col("t_ns").is_between(start_ns, end_ns))
+    gained = inside.group_by("gpu").agg((pl.col("energy_mj").max() - pl.col("energy_mj").min()).alias("mj")).collect()
+    if gained.height < len(gpus) or gained["mj"].null_count():
+        return None
+    return float(gained["mj"].sum()) / 1e3
+
+
+def lines(summary: dict[str, Any]) -> list[str]:
+    """`summary` as lines for people, verdicts last."""
+    s = summary
+    mark = "SIMULATED  " if s["simulated"] else ""
+    clock = f"{s['freq_mhz']} MHz" if s["freq_mhz"] else "driver's clocks"
+    result = [
+        f"{mark}{s['state']}: {s['requests_ok']:,} of {s['requests_planned']:,} requests ok in {s['seconds']:.1f} s",
+        _latency("TTFT", s["ttft_ms"]),
+        _latency("TPOT", s["tpot_ms"]),
+        _latency("E2EL", s["e2el_ms"]),
+    ]
+    if s["output_tokens_per_s"] is not None:
+        result.append(f"output  {s['output_tokens']:,} tokens, {s['output_tokens_per_s']:,.1f} tokens/s")
+    if s["energy_j"] is not None:
+        shown = f"{s['energy_j'] / 1e3:,.2f} kJ, mean {s['mean_power_w']:,.0f} W"
+        result.append(f"energy  {shown} on {len(s['gpus'])} GPUs at {clock}, by the energy counters")
+    else:
+        result.append("energy  not measured")
+    result.append("verdicts")
+    marks = {True: "ok  ", False: "FAIL", None: "-   "}
+    result += [f"  {marks[v['ok']]}  {v['name']:<15} {v['why']}" for v in s["verdicts"]]
+    failed = [v["name"] for v in s["verdicts"] if v["ok"] is False]
+    if failed:
+        result.append(f"NOT TO BE TRUSTED without a look at: {', '.join(failed)}")
+    return result
+
+
+def _latency(name: str, ms: dict[str, float] | None) -> str:
+    if ms is None:
+        return f"{name}    no request got that far"
+    return f"{name}    p50 {ms['p50']:,.1f} ms   p90 {ms['p90']:,.1f} ms   p99 {ms['p99']:,.1f} ms"

@@ -1,0 +1,198 @@
+"""A run's verdicts on itself: can its figures be trusted, and if not, why.
+
+Each verdict has a value and the bound that it is held against; `ok` is None where the question does not arise, with
+the reason in `why`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import polars as pl
+
+from replay.clock import NS_PER_MS
+
+LAG_BOUND_MS = 10.0  # p99; a fiftieth of the tightest usual TTFT target
+STALL_BOUND_MS = 100.0
+SENSOR_BOUND = 0.95  # share of the sensor's updates that were seen
+CLOCK_BOUND = 0.99  # share of the readings at the clock asked for
+CLOCK_TOLERANCE_MHZ = 15  # one step of the grid that NVIDIA clocks stand on
+COUNTER_BOUND = 0.05  # published gain error of the sensors ("Part-time Power Measurements", SC'24)
+BACKLOG_GROWTH_BOUND = 0.05  # share of the arrivals that pile up
+BACKLOG_MIN = 5.0  # requests; fewer are chance
+
+# NVML's throttle reasons; idle and application settings are no throttling.
+THROTTLE_REASONS = {
+    0x4: "software power cap",
+    0x8: "hardware slowdown",
+    0x20: "software thermal slowdown",
+    0x40: "hardware thermal slowdown",
+    0x80: "hardware power brake",
+}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One question about a run and its answer."""
+
+    name: str
+    ok: bool | None
+    value: float | None
+    bound: float | None
+    why: str
+
+
+def dispatch_lag(requests: pl.DataFrame) -> Verdict:
+    """Whether requests left when the trace said: p99 of send − schedule, ms."""
+    lag_ms = (requests["sent_ns"] - requests["scheduled_ns"]).drop_nulls() / NS_PER_MS
+    if lag_ms.is_empty():
+        return Verdict("dispatch_lag", False, None, LAG_BOUND_MS, "no request was sent")
+    p99 = float(lag_ms.quantile(0.99, "higher") or 0.0)
+    why = f"p50 {lag_ms.median():.2f} ms, p99 {p99:.2f} ms, max {lag_ms.max():.2f} ms after schedule"
+    return Verdict("dispatch_lag", p99 <= LAG_BOUND_MS, p99, LAG_BOUND_MS, why)
+
+
+def loop_stall(late_ns: Sequence[int]) -> Verdict:
+    """Whether the client itself held nothing up: the event loop's worst delay, ms."""
+    if not late_ns:
+        return Verdict("loop_stall", None, None, STALL_BOUND_MS, "the run was too short to measure it")
+    worst = max(late_ns) / NS_PER_MS
+    why = f"event loop late by p99 {np.quantile(late_ns, 0.99) / NS_PER_MS:.2f} ms, max {worst:.2f} ms"
+    return Verdict("loop_stall", worst <= STALL_BOUND_MS, worst, STALL_BOUND_MS, why)
+
+
+def open_loop(max_concurrency: int | None, max_rate_rps: float | None) -> Verdict:
+    """Whether sending depended on the trace alone."""
+    caps = [f"--max-concurrency {max_concurrency}"] * (max_concurrency is not None)
+    caps += [f"--max-rate {max_rate_rps:g}"] * (max_rate_rps is not None)
+    why = f"closed by cap: {', '.join(caps)}" if caps else "send times come from the trace alone"
+    return Verdict("open_loop", not caps, None, None, why)
+
+
+def all_answered(requests: pl.DataFrame, planned: int) -> Verdict:
+    """Whether every request of the trace was answered in full."""
+    ok = requests.filter(pl.col("status") == "ok").height
+    counts = requests.filter(pl.col("status") != "ok").group_by("status").len().sort("len", descending=True).rows()
+    unsent = planned - requests.height
+    parts = [f"{count} {status}" for status, count in counts] + [f"{unsent} not sent"] * (unsent > 0)
+    why = f"{ok} of {planned} requests ok" + (f": {', '.join(parts)}" if parts else "")
+    return Verdict("all_answered", ok == planned, ok / planned, 1.0, why)
+
+
+def lengths_exact(requests: pl.DataFrame, trace: pl.DataFrame) -> Verdict:
+    """Whether the server counted as many tokens as the trace asks for, in and out."""
+    counted = requests.filter(pl.col("output_tokens").is_not_null() & pl.col("status").is_in(["ok", "length_mismatch"]))
+    if counted.is_empty():
+        return Verdict("lengths_exact", None, None, 0.0, "the server sent no usage, so lengths are unknown")
+    wanted = trace.select("request_id", pl.col("input_tokens").alias("input_wanted"))
+    both = counted.join(wanted, on="request_id", how="inner")
+    wrong = both.filter(
+        (pl.col("output_tokens") != pl.col("output_tokens_wanted")) | (pl.col("input_tokens") != pl.col("input_wanted"))
+    ).height
+    why = f"{wrong} of {both.height} requests differ from the trace in input or output tokens"
+    return Verdict("lengths_exact", wrong == 0, float(wrong), 0.0, why)
+
+
+def saturated(requests: pl.DataFrame) -> Verdict:
+    """Whether the server kept up: requests that wait for their first token must not pile up while sending.
+
+    The value is the growth of that backlog (least squares over the sending window) as a share of the arrival rate;
+    with arrivals at rate λ and first tokens at rate μ < λ it is 1 − μ/λ.
+    """
+    sent = np.sort(requests["sent_ns"].drop_nulls().to_numpy())
+    if len(sent) < 20:
+        return Verdict("saturated", None, None, BACKLOG_GROWTH_BOUND, "fewer than 20 requests tell nothing")
+    first = np.sort(requests["first_token_ns"].drop_nulls().to_numpy())
+    at = np.linspace(sent[0], sent[-1], 200)
+    backlog = np.searchsorted(sent, at, "right") - np.searchsorted(first, at, "right")
+    rate = (len(sent) - 1) / ((sent[-1] - sent[0]) / 1e9)
+    slope = np.polyfit((at - at[0]) / 1e9, backlog, 1)[0]
+    growth = float(slope / rate)
+    gained = slope * (at[-1] - at[0]) / 1e9
+    full = growth > BACKLOG_GROWTH_BOUND and gained > BACKLOG_MIN
+    why = f"{backlog[-1]:.0f} requests waited for a first token at the last send; backlog grew by {growth:.1%} of arrivals"
+    return Verdict("saturated", not full, growth, BACKLOG_GROWTH_BOUND, f"saturated: {why}" if full else why)
+
+
+def clocks_held(power: pl.DataFrame | None, gpus: Sequence[int], locked_mhz: int | None) -> Verdict:
+    """Whether the SM clocks stayed where they were locked."""
+    if locked_mhz is None:
+        return Verdict("clocks_held", None, None, None, "clocks were not locked (no --freq)")
+    readings = None if power is None else power.filter(pl.col("gpu").is_in(gpus) & pl.col("sm_clock_mhz").is_not_null())
+    if readings is None or readings.is_empty():
+        return Verdict("clocks_held", False, None, CLOCK_BOUND, "no clock was read")
+    off = (readings["sm_clock_mhz"].cast(pl.Int64) - locked_mhz).abs() > CLOCK_TOLERANCE_MHZ
+    share = 1 - float(off.mean() or 0.0)
+    reasons = 0
+    for value in readings["throttle_reasons"].drop_nulls().unique():
+        reasons |= value
+    named = [name for bit, name in THROTTLE_REASONS.items() if reasons & bit]
+    why = f"{share:.1%} of readings within {CLOCK_TOLERANCE_MHZ} MHz of {locked_mhz} MHz"
+    return Verdict("clocks_held", share >= CLOCK_BOUND, share, CLOCK_BOUND, why + "".join(f"; {n}" for n in named))
+
+
+def sensor_alive(power: pl.DataFrame | None, gpus: Sequence[int], start_ns: int, end_ns: int) -> Verdict:
+    """Whether power was read all the time: the share of the window not more than 0.5 s from a reading."""
+    if power is None or not gpus:
+        return Verdict("sensor_alive", None, None, None, "no power was read: name the server's GPUs with --gpus")
+    gap_ns = 500 * NS_PER_MS
+    worst = 1.0
+    for gpu in gpus:
+        t = power.filter((pl.col("gpu") == gpu) & pl.col("t_ns").is_between(start_ns, end_ns))["t_ns"].sort().to_numpy()
+        edges = np.diff(np.concatenate([[start_ns], t, [end_ns]]))
+        worst = min(worst, 1 - float(edges[edges > gap_ns].sum()) / max(1, end_ns - start_ns))
+    why = f"{worst:.1%} of the run is covered by readings no more than 0.5 s apart"
+    return Verdict("sensor_alive", worst >= SENSOR_BOUND, worst, SENSOR_BOUND, why)
+
+
+def counter_agrees(power: pl.DataFrame | None, gpus: Sequence[int], start_ns: int, end_ns: int) -> Verdict:
+    """Whether the energy counter and the samples of power tell of the same energy: relative difference."""
+    name = "counter_agrees"
+    if power is None or not gpus:
+        return Verdict(name, None, None, None, "no power was read")
+    inside = power.filter(pl.col("gpu").is_in(gpus) & pl.col("t_ns").is_between(start_ns, end_ns)).sort("t_ns")
+    inside = inside.filter(pl.col("energy_mj").is_not_null() & pl.col("power_instant_mw").is_not_null())
+    counter_j = sampled_j = 0.0
+    for frame in inside.partition_by("gpu"):
+        t_s = frame["t_ns"].to_numpy() / 1e9
+        watts = frame["power_instant_mw"].to_numpy() / 1e3
+        # A reading stands for the time since the one before it.
+        sampled_j += float((watts[1:] * np.diff(t_s)).sum())
+        counter_j += (frame["energy_mj"][-1] - frame["energy_mj"][0]) / 1e3
+    if counter_j <= 0:
+        return Verdict(name, None, None, COUNTER_BOUND, "the GPU has no energy counter, or no instant power")
+    off = abs(sampled_j - counter_j) / counter_j
+    why = f"counter {counter_j:,.0f} J, samples {sampled_j:,.0f} J"
+    return Verdict(name, off <= COUNTER_BOUND, off, COUNTER_BOUND, why)
+
+
+def idle_measured(before: Sequence[dict[str, float]], after: Sequence[dict[str, float]]) -> Verdict:
+    """Whether idle power is known on both sides of the run: the count of GPUs where it is not."""
+    if not before:
+        return Verdict("idle_measured", None, None, None, "no power was read")
+    missing = sum(not b for b in before) + sum(not a for a in after)
+    why = "idle power measured before and after the run" if not missing else "idle power is missing before or after"
+    return Verdict("idle_measured", missing == 0, float(missing), 0.0, why)
+
+
+def steps_complete(steps: pl.DataFrame | None, segments: pl.DataFrame | None, requests: pl.DataFrame) -> Verdict:
+    """Whether every engine step is recorded and explains every token: the count of what is missing."""
+    name = "steps_complete"
+    if steps is None or segments is None:
+        return Verdict(name, None, None, None, "no engine steps: membership is rebuilt from client times")
+    gaps = 0
+    for frame in steps.partition_by("instance"):
+        gaps += int(frame["step"].max() - frame["step"].min()) + 1 - frame.height  # type: ignore[operator]
+    tokens = (pl.col("last_step") - pl.col("first_step") + 1).cast(pl.Int64) * pl.col("tokens_per_step")
+    scheduled = (
+        segments.filter(pl.col("request_id").is_not_null()).group_by("request_id").agg(tokens.sum().alias("tokens"))
+    )
+    # A request's last output token is never scheduled: prompt + outputs − 1 tokens pass through the engine,
+    # less what the prefix cache held, and more if a preemption made it compute again.
+    need = pl.col("input_tokens").cast(pl.Int64) + pl.col("output_tokens") - 1 - pl.col("cached_tokens").fill_null(0)
+    ok = requests.filter((pl.col("status") == "ok") & pl.col("input_tokens").is_not_null()).join(
+        scheduled, on="request_id", how="left"
+    )
+    short = ok.filter(pl.col("tokens").fill_null(0) < need).height
+    why = f"{steps.height:,} steps; {gaps} missing, {short} of {ok.height} requests with tokens in no step"
+    return Verdict(name, gaps == 0 and short == 0, float(gaps + short), 0.0, why)
