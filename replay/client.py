@@ -41,7 +41,7 @@ class _Chunk(msgspec.Struct):
 _decode = msgspec.json.Decoder(_Chunk).decode
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)  # a request is itself, whatever its figures
 class Record:
     """One row of `requests.parquet`, filled as the request goes on; times that were never reached stay None."""
 

@@ -11,7 +11,7 @@ from replay.rundir import REQUESTS, REQUESTS_OPTIONAL, PartWriter
 
 _SCHEMA = pl.Schema({**REQUESTS, **REQUESTS_OPTIONAL})
 _FLUSH_S = 1.0
-_RECENT = 1000  # ended requests that the live figures look back on
+_RECENT = 1000  # requests that the live figures look back on
 
 
 def to_frame(records: list[Record], *, save_chunks: bool = True) -> pl.DataFrame:
@@ -31,20 +31,27 @@ class RecordStore:
         self.sent = 0
         self.ended = 0
         self.errors = 0
-        self.output_tokens = 0
+        self._tokens_ended = 0
+        self._open: set[Record] = set()
         self.recent: deque[Record] = deque(maxlen=_RECENT)
 
-    def start(self) -> None:
-        """Count a request as sent."""
+    def start(self, record: Record) -> None:
+        """Take a request that is being sent."""
         self.sent += 1
+        self._open.add(record)
+        self.recent.append(record)
 
     def end(self, record: Record) -> None:
         """Take an ended request."""
         self.ended += 1
         self.errors += record.status != "ok"
-        self.output_tokens += record.output_tokens or 0
+        self._tokens_ended += record.output_tokens or 0
+        self._open.discard(record)
         self._waiting.append(record)
-        self.recent.append(record)
+
+    def output_tokens(self) -> int:
+        """Output tokens that have come so far, of requests in flight too."""
+        return self._tokens_ended + sum(record.output_tokens or 0 for record in self._open)
 
     async def flush(self) -> None:
         """Write what has ended since the last flush, off the event loop."""

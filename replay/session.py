@@ -14,8 +14,10 @@ import platform
 import shutil
 import signal
 import socket
+import sys
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections import deque
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import asdict, dataclass, field
 from hashlib import blake2b
@@ -25,10 +27,10 @@ from typing import Any
 
 import aiohttp
 import polars as pl
-from asyncio_throttle import Throttler
+from asyncio_throttle import Throttler  # type: ignore[attr-defined]  # exported without saying so
 
 from replay.client import CompletionsClient, Record, abort_all
-from replay.clock import NS_PER_MS, NS_PER_S, now_ns
+from replay.clock import NS_PER_S, now_ns
 from replay.dispatch import StallMeter, dispatch
 from replay.engines.attach import AttachedEngine
 from replay.engines.base import Engine, Served
@@ -48,12 +50,12 @@ from replay.prompts import completion_body, prompt_ids
 from replay.records import RecordStore
 from replay.rundir import scan_table, write_manifest
 from replay.sim.hardware import Hardware, load_profile
-from tracegen.durations import format_duration
-from tracegen.errors import GpuError, ReplayError, WattraceError
+from tracegen.errors import GpuError, WattraceError
 from tracegen.schema import file_sha256, read_metadata, write_trace
 
 _LEAD_NS = NS_PER_S // 2  # between the decision to start and the first scheduled time
 _REDRAW_S = 0.25
+_RATE_S = 5.0  # the live token rate looks back so far
 _EXIT_INTERRUPTED = 130
 _BOARD = ".board"  # the simulated driver's file, for as long as the run lasts
 
@@ -312,9 +314,9 @@ async def _send_all(
     async def send(i: int, body: bytes) -> None:
         row = rows[i]
         record = Record(row["request_id"], 0, scheduled_ns[i], row["output_tokens"])
-        store.start()
+        store.start(record)
         try:
-            async with gate:
+            async with gate.open():
                 await client.send(record, body)
         finally:
             store.end(record)
@@ -332,22 +334,22 @@ class _Gate:
     """The opt-in caps; they act after the scheduled time, so what they hold back shows as lag."""
 
     def __init__(self, max_concurrency: int | None, max_rate_rps: float | None) -> None:
-        self._slots = asyncio.Semaphore(max_concurrency) if max_concurrency else contextlib.nullcontext()
+        self._slots = asyncio.Semaphore(max_concurrency or sys.maxsize)
         # The throttler's waiters poll and are not first-come first-served; a lock lets one wait at a time.
         self._turn = asyncio.Lock()
-        period_s = max(1.0, 1.0 / max_rate_rps) if max_rate_rps else 0.0
-        self._throttler = Throttler(max(1, round(max_rate_rps * period_s)), period_s) if max_rate_rps else None
+        self._throttler = None
+        if max_rate_rps is not None:
+            period_s = max(1.0, 1.0 / max_rate_rps)
+            self._throttler = Throttler(round(max_rate_rps * period_s), period_s)
 
-    async def __aenter__(self) -> None:
-        """Wait for the turn."""
-        await self._slots.__aenter__()
-        if self._throttler is not None:
-            async with self._turn, self._throttler:
-                pass
-
-    async def __aexit__(self, *error: Any) -> None:
-        """Free the slot."""
-        await self._slots.__aexit__(*error)
+    @asynccontextmanager
+    async def open(self) -> AsyncIterator[None]:
+        """Wait for the turn, and hold a slot for as long as this context lasts."""
+        async with self._slots:
+            if self._throttler is not None:
+                async with self._turn, self._throttler:
+                    pass
+            yield
 
 
 @contextlib.contextmanager
@@ -389,7 +391,7 @@ async def _background(
 
 async def _watch(engine: Engine, sending: asyncio.Task[None], state: _State) -> None:
     """End the sending when the server has died: nobody is left to answer."""
-    while engine.alive():
+    while engine.alive():  # noqa: ASYNC110 - an attached server cannot tell us
         await asyncio.sleep(_REDRAW_S)
     state.engine_died = True
     sending.cancel()
@@ -400,7 +402,7 @@ async def _show(state: _State, store: RecordStore, sampler: Sampler | None, epoc
     """Keep the progress fresh."""
     planned_ns = int(state.trace["arrival_ns"][-1])
     serving = state.manifest["instances"][0]["gpus"]
-    before = (epoch_ns, 0)
+    tokens: deque[tuple[int, int]] = deque(maxlen=1 + round(_RATE_S / _REDRAW_S))
     while True:
         t_ns = now_ns()
         recent = list(store.recent)
@@ -409,7 +411,9 @@ async def _show(state: _State, store: RecordStore, sampler: Sampler | None, epoc
         status = sampler.status if sampler is not None else None
         watts = [w for gpu in serving if status and (w := status.watts.get(gpu)) is not None]
         clocks = {status.clocks_mhz.get(gpu) for gpu in serving} if status else set()
-        rate = (store.output_tokens - before[1]) / ((t_ns - before[0]) / NS_PER_S) if t_ns > before[0] else None
+        tokens.append((t_ns, store.output_tokens()))
+        (old_ns, old), (new_ns, new) = tokens[0], tokens[-1]
+        rate = (new - old) / ((new_ns - old_ns) / NS_PER_S) if new_ns > old_ns else None
         progress.update(
             Snapshot(
                 elapsed_ns=max(0, t_ns - epoch_ns), planned_ns=planned_ns, planned=state.trace.height,

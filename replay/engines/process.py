@@ -53,7 +53,7 @@ class ServerProcess:
             )  # fmt: skip
 
     async def wait_ready(self, base_url: str, timeout_s: float, progress: Callable[[str], None]) -> None:
-        """Return when `/health` answers. Raises `ReplayError` with the log's last words when it ends or takes too long."""
+        """Return when `/health` answers. Raises `ReplayError` with the log's last words when it ends or is too slow."""
         start_ns = now_ns()
         async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=5)) as session:
             while self.alive():

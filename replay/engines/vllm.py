@@ -38,7 +38,7 @@ class VllmEngine:
         timeout_s: float,
         progress: Callable[[str], None],
     ) -> None:
-        """`python` is the interpreter whose vLLM serves, None for this one; `arguments` go to `vllm serve` as they are."""
+        """`python`: the interpreter whose vLLM serves, None for this one; `arguments` go to `vllm serve` as is."""
         self._base_url = f"http://127.0.0.1:{port}"
         self._timeout_s, self._progress = timeout_s, progress
         argv = [
