@@ -160,6 +160,7 @@ def compare(
     run_b: Annotated[Path, typer.Argument(metavar="RUN_B", help="The run to judge.", show_default=False)],
     unpaired: Annotated[bool, typer.Option(help="Compare group means of runs of different traces.")] = False,
     seed: Annotated[int, typer.Option(help="Seed of the bootstrap.")] = 0,
+    brief: Annotated[bool, typer.Option("--brief", help="Three lines that say what was found, no tables.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Compare two runs of one trace, request by request: energy and latency, with 95 % intervals.
@@ -167,9 +168,10 @@ def compare(
     \b
     Examples:
       analysis compare RUN_AT_1980_MHZ RUN_AT_1200_MHZ
+      analysis compare RUN_A RUN_B --brief
       analysis compare RUN_A RUN_B --unpaired --json
     """
-    from analysis.compare import FEWEST_PAIRS, bucket_rows, overall_rows
+    from analysis.compare import FEWEST_PAIRS, bucket_rows, findings, overall_rows
     from analysis.compare import compare as compare_runs
 
     a, b = Run.open(run_a), Run.open(run_b)
@@ -178,6 +180,9 @@ def compare(
         note(f"warning: {warning}")
     if as_json:
         print_json(result.document())
+        return
+    if brief:
+        say("\n".join(findings(result)))
         return
     for letter, total in zip("AB", result.totals, strict=True):
         each = format_si(total["measured_per_request_j"], " J", 4)

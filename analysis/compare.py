@@ -164,6 +164,43 @@ def _warnings(a: tuple[Run, RunEnergy], b: tuple[Run, RunEnergy]) -> list[str]:
     return warnings
 
 
+def findings(comparison: Comparison) -> list[str]:
+    """The comparison in three sentences: energy, latency, sizes. What the data does not tell is said to be so."""
+    of = {(d.group, d.metric): d for d in comparison.differences}
+    mark = "SIMULATED: " if comparison.simulated else ""
+    energy = of[ALL, "energy_j"]
+    if energy.mean_a is None or energy.difference_percent is None:
+        first = f"{mark}the energy of {comparison.run_a} and {comparison.run_b} cannot be compared: no data"
+    else:
+        # The sign of a difference that may be chance would be read as an answer.
+        change = f"{energy.difference_percent:+.1f} %" if energy.verdict in {"lower", "higher"} else energy.verdict
+        span = (
+            ""
+            if energy.low_percent is None
+            else f"; 95 % interval {energy.low_percent:+.1f} to {energy.high_percent:+.1f} %"
+        )
+        first = (
+            f"{mark}a request costs {_short(energy.mean_b)} J in {comparison.run_b} and {_short(energy.mean_a)} J in "
+            f"{comparison.run_a}: {change} ({energy.pairs:,} {_counted(comparison)}{span})"
+        )
+    latencies = [f"{METRICS[m].split()[0]} {_bracketed(of[ALL, m])}" for m in METRICS if m != "energy_j"]
+    second = f"{mark}latency in {comparison.run_b} against {comparison.run_a}: {', '.join(latencies)}"
+    sizes = [d for d in comparison.differences if d.metric == "energy_j" and d.verdict in {"lower", "higher"}]
+    sizes = sorted((d for d in sizes if d.group != ALL), key=lambda d: d.difference_percent or 0.0)
+    if not sizes:
+        return [first, second, f"{mark}no size of request has enough {_counted(comparison)} to tell its energy apart"]
+    dearest = max(sizes, key=lambda d: d.mean_b or 0.0)
+    low, high = (f"{d.difference_percent:+.1f} % ({d.group})" for d in (sizes[0], sizes[-1]))
+    most = f"dearest is {dearest.group} with {_short(dearest.mean_b)} J"
+    third = f"{mark}by size the change goes from {low} to {high}; {most}"
+    return [first, second, third]
+
+
+def _counted(comparison: Comparison) -> str:
+    """What the groups are counted in."""
+    return "pairs" if comparison.paired else "requests"
+
+
 def overall_rows(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
     """Headings and cells: every metric over all requests."""
     rows = [
@@ -202,8 +239,7 @@ def bucket_rows(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
                 *(_bracketed(by_metric[metric]) for metric in METRICS),
             ]
         )
-    counted = "pairs" if comparison.paired else "requests"
-    return ["", counted, "J/request A", "B", "J/request", "TTFT", "TBT", "E2E"], rows
+    return ["", _counted(comparison), "J/request A", "B", "J/request", "TTFT", "TBT", "E2E"], rows
 
 
 def _bracketed(difference: Difference) -> str:
