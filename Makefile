@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test check bench docs clean
+.PHONY: setup demo test check bench docs lock clean
 
 setup: $(VENV)/.current
 
@@ -31,6 +31,15 @@ docs: setup
 
 bench: setup
 	$(BIN)/python benchmarks/run.py
+
+# A fresh environment's newest versions that pyproject.toml allows, written down exactly.
+lock:
+	rm -rf .venv-lock && $(PYTHON) -m venv .venv-lock
+	.venv-lock/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	{ echo "# Exact versions of everything that 'make setup' installs: what was tested. Renew with 'make lock'."; \
+	  .venv-lock/bin/python -m pip freeze --exclude-editable | sed "s/^\(uvloop==.*\)/\1; sys_platform != 'win32'/"; \
+	} > requirements.lock
+	rm -rf .venv-lock
 
 clean:
 	rm -rf $(VENV) demo runs .mypy_cache .ruff_cache .pytest_cache .hypothesis

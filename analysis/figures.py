@@ -138,7 +138,7 @@ def buckets(frame: pl.DataFrame) -> str:
     height = alt.Y("joules:Q", title="J per request", stack="zero")
     bars = alt.Chart(frame).mark_bar().encode(y=height, color=colour, order=alt.Order("rank:Q"), **encodings)
     if len(runs) > 1:
-        shade = alt.Scale(domain=runs, range=[1 - 0.6 * i / (len(runs) - 1) for i in range(len(runs))])
+        shade = alt.Scale(domain=runs, range=[1 - 0.45 * i / (len(runs) - 1) for i in range(len(runs))])
         bars = bars.encode(
             opacity=alt.Opacity("run:N", sort=runs, scale=shade, legend=alt.Legend(symbolFillColor=COLOURS["decode"]))
         )

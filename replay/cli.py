@@ -33,7 +33,7 @@ def run(
         str | None, typer.Option(help="Model to serve or to ask for.", show_default="the engine's own")
     ] = None,
     tp: Annotated[
-        int | None, typer.Option(help="Tensor-parallel size.", show_default="2 for sim, else as many as --gpus or 1")
+        int | None, typer.Option(help="Tensor-parallel size.", show_default="as many as --gpus, else 2 for sim or 1")
     ] = None,
     freq: Annotated[
         int | None, typer.Option(help="SM clock to lock, MHz.", show_default="the driver's own clocks")

@@ -4,8 +4,8 @@ Tokens are counted by the server's usage, not by chunks: one chunk may carry sev
 bytes are read; the bytes are parsed after.
 """
 
-import asyncio
 from dataclasses import dataclass, field
+from typing import Annotated, Any
 
 import aiohttp
 import msgspec
@@ -15,15 +15,18 @@ from replay.clock import now_ns
 _ERROR_CHARS = 300  # of a server's error body: enough to tell, small enough for a table cell
 _DATA = b"data:"
 _DONE = b"[DONE]"
+_MAX_CHUNK_TOKENS = 2**16 - 1  # what a cell of chunk_tokens holds
+
+_Count = Annotated[int, msgspec.Meta(ge=0, lt=2**32)]  # what a cell of a token column holds
 
 
 class _PromptDetails(msgspec.Struct):
-    cached_tokens: int | None = None
+    cached_tokens: _Count | None = None
 
 
 class _Usage(msgspec.Struct):
-    prompt_tokens: int | None = None
-    completion_tokens: int | None = None
+    prompt_tokens: _Count | None = None
+    completion_tokens: _Count | None = None
     prompt_tokens_details: _PromptDetails | None = None
 
 
@@ -35,7 +38,7 @@ class _Choice(msgspec.Struct):
 class _Chunk(msgspec.Struct):
     choices: list[_Choice] = []
     usage: _Usage | None = None
-    error: msgspec.Raw | None = None
+    error: Any = None
 
 
 _decode = msgspec.json.Decoder(_Chunk).decode
@@ -93,7 +96,7 @@ class _Stream:
             self.error = f"not a completion chunk: {_shorten(payload)}"
             return
         if chunk.error is not None:
-            self.error = _shorten(bytes(chunk.error))
+            self.error = _shorten(msgspec.json.encode(chunk.error))
             return
         record, tokens = self._record, None
         if chunk.usage is not None:
@@ -102,15 +105,16 @@ class _Stream:
         self.finished |= any(choice.finish_reason for choice in chunk.choices)
         # A chunk bears tokens when usage grew; a server that sends usage only at the end shows text instead.
         # The closing usage chunk has no choices: it repeats a count, or reveals it too late to be a token time.
-        if not chunk.choices or not (tokens or (tokens is None and text)):
+        counted = tokens is not None and record.chunk_tokens is not None
+        if not (chunk.choices and (tokens if counted else text)):
             return
         if record.first_token_ns is None:
             record.first_token_ns = at_ns
         record.last_token_ns = at_ns
         record.chunk_ns.append(at_ns)
-        if tokens is None:
+        if tokens is None or record.chunk_tokens is None or tokens > _MAX_CHUNK_TOKENS:
             record.chunk_tokens = None
-        elif record.chunk_tokens is not None:
+        else:
             record.chunk_tokens.append(tokens)
 
     def _count(self, usage: _Usage) -> int | None:
@@ -122,7 +126,7 @@ class _Stream:
             record.cached_tokens = usage.prompt_tokens_details.cached_tokens
         if usage.completion_tokens is None:
             return None
-        added = usage.completion_tokens - (record.output_tokens or 0)
+        added = max(0, usage.completion_tokens - (record.output_tokens or 0))
         record.output_tokens = usage.completion_tokens
         return added
 
@@ -157,8 +161,8 @@ class CompletionsClient:
                     record.status = "http_error"
                 else:
                     await self._read(response, record)
-        except TimeoutError:
-            record.status, record.error = "timeout", f"no end within {self._timeout.total:g} s"
+        except TimeoutError as error:  # the operating system's too, which has words of its own
+            record.status, record.error = "timeout", str(error) or f"no end within {self._timeout.total} s"
         except (aiohttp.ClientError, OSError) as error:
             record.status = "connect_error" if record.headers_ns is None else "stream_error"
             record.error = _shorten(f"{type(error).__name__}: {error}".encode())
@@ -181,10 +185,3 @@ class CompletionsClient:
             record.error = f"{record.output_tokens} output tokens, {record.output_tokens_wanted} wanted"
         else:
             record.status = "ok"
-
-
-async def abort_all(tasks: "set[asyncio.Task[None]]") -> None:
-    """Cancel `tasks` and wait until each has left its record."""
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)

@@ -5,7 +5,6 @@ nanoseconds, which no wall-clock step moves.
 """
 
 import asyncio
-import contextlib
 import ctypes
 import os
 import sys
@@ -77,7 +76,9 @@ class SleepTimer:
             raise OSError(ctypes.get_errno(), "timerfd_settime failed")
 
     def _expired(self) -> None:
-        with contextlib.suppress(BlockingIOError):
+        try:
             os.read(self._fd, 8)
+        except BlockingIOError:  # armed anew since: what is waited for now has not come yet
+            return
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)

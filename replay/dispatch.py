@@ -15,27 +15,16 @@ async def dispatch(
     scheduled_ns: Sequence[int],
     prepare: Callable[[int], bytes],
     send: Callable[[int, bytes], Coroutine[Any, Any, None]],
-    tasks: set[asyncio.Task[None]],
 ) -> None:
-    """Start `send(i, prepare(i))` as a task at each of the non-decreasing `scheduled_ns`.
+    """Start `send(i, prepare(i))` as a task at each of the non-decreasing `scheduled_ns`; return when all have ended.
 
-    Bodies are prepared ahead while there is time to spare, so that a burst finds them ready. Running tasks are in
-    `tasks`; returns when the last has been started, not when it has ended. An exception in a task is a bug and
-    cancels the dispatch.
+    Bodies are prepared ahead while there is time to spare, so that a burst finds them ready. An exception in a task is
+    a bug: it cancels the others and comes out as an `ExceptionGroup`. Cancelling the dispatch cancels all of them.
     """
-    owner = asyncio.current_task()
     ready: deque[bytes] = deque()
-
-    def ended(task: asyncio.Task[None]) -> None:
-        tasks.discard(task)
-        if not task.cancelled() and task.exception() is not None and owner is not None and not owner.done():
-            failed.append(task.exception())
-            owner.cancel()
-
-    failed: list[BaseException | None] = []
     prepared = 0
     with SleepTimer() as timer:
-        try:
+        async with asyncio.TaskGroup() as group:
             for i, due_ns in enumerate(scheduled_ns):
                 while prepared < min(i + _LOOKAHEAD, len(scheduled_ns)) and (
                     prepared <= i or due_ns - now_ns() > _SPARE_NS
@@ -46,13 +35,7 @@ async def dispatch(
                     await asyncio.sleep(0)
                 if due_ns > now_ns():
                     await timer.sleep_until_ns(due_ns)
-                task = asyncio.create_task(send(i, ready.popleft()))
-                tasks.add(task)
-                task.add_done_callback(ended)
-        except asyncio.CancelledError:
-            if failed and failed[0] is not None:
-                raise failed[0] from None
-            raise
+                group.create_task(send(i, ready.popleft()))
 
 
 class StallMeter:

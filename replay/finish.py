@@ -31,7 +31,8 @@ def finish_run(run_dir: Path, manifest: dict[str, Any], engine: Engine, late_ns:
     """
     for table in TABLES:
         compact(run_dir, table, sort_by=_SORT.get(table, []), merge=merge_segments if table == "segments" else None)
-    truth = engine.truth(run_dir)
+    # An engine that died took its last steps along, and with them what they truly cost.
+    truth = None if manifest["state"] == "failed" else engine.truth(run_dir)
     if truth is not None:
         write_parquet(truth.to_arrow(compat_level=pl.CompatLevel.oldest()), run_dir / "truth.parquet")
     manifest["verdicts"] = [asdict(verdict) for verdict in judge(run_dir, manifest, late_ns)]

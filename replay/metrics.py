@@ -2,12 +2,14 @@
 
 import asyncio
 import re
+from functools import partial
 from pathlib import Path
 
 import aiohttp
 import polars as pl
 
 from replay.clock import NS_PER_S, now_ns
+from replay.records import finish_in_thread
 from replay.rundir import SERVER_METRICS, PartWriter
 
 _PERIOD_S = 1.0
@@ -45,5 +47,5 @@ async def scrape(session: aiohttp.ClientSession, base_url: str, run_dir: Path, i
             frame = pl.DataFrame(rows, schema=["name", "labels", "value"], orient="row").select(
                 pl.lit(t_ns).alias("t_ns"), pl.lit(instance, pl.UInt16).alias("instance"), pl.all()
             )
-            await asyncio.to_thread(writer.append, frame.select(list(SERVER_METRICS)))
+            await finish_in_thread(partial(writer.append, frame.select(list(SERVER_METRICS))))
         await asyncio.sleep(max(0.0, _PERIOD_S - (now_ns() - t_ns) / NS_PER_S))

@@ -1,5 +1,6 @@
 """What the user asks of a run, and what that comes to on this machine, before anything is started."""
 
+import math
 import re
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -67,15 +68,24 @@ def make_plan(options: RunOptions) -> Plan:
     """Check `options` and fill in what they leave open. Raises a `WattraceError` for what cannot be run."""
     if options.overlong not in OVERLONG:
         raise ReplayError(f"--overlong {options.overlong}: use one of {', '.join(OVERLONG)}")
-    for name, value in (("--max-concurrency", options.max_concurrency), ("--max-rate", options.max_rate_rps)):
-        if value is not None and value <= 0:
+    for name, value in (
+        ("--tp", options.tp),
+        ("--num-prompts", options.num_prompts),
+        ("--max-concurrency", options.max_concurrency),
+        ("--max-rate", options.max_rate_rps),
+        ("--ready-check-timeout-sec", options.ready_timeout_s),
+        ("--request-timeout-sec", options.request_timeout_s),
+    ):
+        if value is not None and not 0 < value < math.inf:
             raise ReplayError(f"{name} {value:g}: must be above 0")
+    if options.seed < 0:
+        raise ReplayError(f"--seed {options.seed}: must not be negative")
     trace = _slice(read_trace(options.trace), options)
     block_tokens = int(read_metadata(options.trace).get("block_tokens") or 0)
     if "prefix_hashes" in trace.columns and not block_tokens:
         raise ReplayError(f"{options.trace}: has prefix_hashes but no block_tokens in its file metadata")
     engine, why = _choose_engine(options)
-    tp = options.tp or (_SIM_TP if engine == "sim" else len(options.gpus or (0,)))
+    tp = options.tp or len(options.gpus or ()) or (_SIM_TP if engine == "sim" else 1)
     gpus = _choose_gpus(options, engine, tp)
     if options.freq_mhz is not None and not gpus:
         raise ReplayError("--freq with a URL needs --gpus: which GPUs of this host serve it?")
@@ -117,8 +127,6 @@ def _choose_engine(options: RunOptions) -> tuple[str, str]:
 
 def _choose_gpus(options: RunOptions, engine: str, tp: int) -> tuple[int, ...]:
     """The GPUs that serve: those named, else the first `tp`; none for a URL without --gpus."""
-    if tp < 1:
-        raise ReplayError(f"--tp {tp}: must be at least 1")
     if options.gpus is not None:
         if len(set(options.gpus)) != len(options.gpus):
             raise ReplayError(f"--gpus {','.join(map(str, options.gpus))}: names a GPU twice")

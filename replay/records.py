@@ -2,6 +2,7 @@
 
 import asyncio
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 
 import polars as pl
@@ -12,6 +13,16 @@ from replay.rundir import REQUESTS, REQUESTS_OPTIONAL, PartWriter
 _SCHEMA = pl.Schema({**REQUESTS, **REQUESTS_OPTIONAL})
 _FLUSH_S = 1.0
 _RECENT = 1000  # requests that the live figures look back on
+
+
+async def finish_in_thread(write: Callable[[], None]) -> None:
+    """Run `write` in a thread. A caller that is cancelled still waits for its end: two writers would race."""
+    writing = asyncio.ensure_future(asyncio.to_thread(write))
+    try:
+        await asyncio.shield(writing)
+    except asyncio.CancelledError:
+        await writing
+        raise
 
 
 def to_frame(records: list[Record], *, save_chunks: bool = True) -> pl.DataFrame:
@@ -57,7 +68,7 @@ class RecordStore:
         """Write what has ended since the last flush, off the event loop."""
         records, self._waiting = self._waiting, []
         if records:
-            await asyncio.to_thread(lambda: self._writer.append(to_frame(records, save_chunks=self._save_chunks)))
+            await finish_in_thread(lambda: self._writer.append(to_frame(records, save_chunks=self._save_chunks)))
 
     async def flush_forever(self) -> None:
         """Flush once a second until cancelled."""

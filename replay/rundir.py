@@ -13,12 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from tracegen.errors import RunError
 from tracegen.schema import TRACE, TRACE_OPTIONAL, write_parquet
 
 SCHEMA_VERSION = "1.0"
 MANIFEST = "manifest.json"
+_PARTS = "*-*.parquet"  # one that is still being written ends otherwise
 
 REQUESTS = pl.Schema(
     {
@@ -175,28 +178,36 @@ class PartWriter:
 
 
 def scan_table(run_dir: Path, table: str) -> pl.LazyFrame:
-    """The rows of `table`, checked, in the order written, whether still in parts or compacted.
+    """The rows of `table`, checked, in the order written, whether still in parts or compacted; they are read now.
 
-    Raises `RunError` when the table is missing, empty of parts, unreadable or of another shape.
+    Raises `RunError` when the table is missing, empty of parts, damaged or of another shape.
     """
     path = run_dir / f"{table}.parquet"
     if not has_table(run_dir, table):
         raise RunError(f"{run_dir}: has no table {table}.parquet")
+    if not path.is_dir():
+        return _read_part(path, table).lazy()
+    parts = [_read_part(part, table) for part in sorted(path.glob(_PARTS))]
+    return pl.concat(parts, how="diagonal_relaxed").lazy()  # parts may differ in optional columns
+
+
+def _read_part(path: Path, table: str) -> pl.DataFrame:
+    """The checked rows of one file of `table`. Raises `RunError` when it is damaged or of another shape."""
     try:
-        if path.is_dir():
-            # Parts may differ in optional columns.
-            frame = pl.scan_parquet(sorted(path.glob("*-*.parquet")), missing_columns="insert", extra_columns="ignore")
-        else:
-            frame = pl.scan_parquet(path)
-        return check_table(frame, table, path)
-    except (pl.exceptions.PolarsError, OSError) as error:
-        raise RunError(f"{path}: not readable as Parquet ({str(error).splitlines()[0]})") from None
+        # By pyarrow, which reports a damaged file where polars panics.
+        arrow = pq.ParquetFile(path).read()
+        arrow.validate(full=True)
+        frame = pl.DataFrame(dict(zip(arrow.column_names, arrow.columns, strict=True)))
+        return check_table(frame.lazy(), table, path).collect()
+    except (pa.ArrowException, pl.exceptions.PolarsError, OSError, ValueError) as error:
+        why = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise RunError(f"{path}: not readable as a {table} table ({why})") from None
 
 
 def has_table(run_dir: Path, table: str) -> bool:
     """Whether `run_dir` has at least one readable file of `table`."""
     path = run_dir / f"{table}.parquet"
-    return path.is_file() or (path.is_dir() and any(path.glob("*-*.parquet")))
+    return path.is_file() or (path.is_dir() and any(path.glob(_PARTS)))
 
 
 def compact(

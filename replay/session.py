@@ -29,7 +29,7 @@ import aiohttp
 import polars as pl
 from asyncio_throttle import Throttler  # type: ignore[attr-defined]  # exported without saying so
 
-from replay.client import CompletionsClient, Record, abort_all
+from replay.client import CompletionsClient, Record
 from replay.clock import NS_PER_S, now_ns
 from replay.dispatch import StallMeter, dispatch
 from replay.engines.attach import AttachedEngine
@@ -50,10 +50,11 @@ from replay.prompts import completion_body, prompt_ids
 from replay.records import RecordStore
 from replay.rundir import scan_table, write_manifest
 from replay.sim.hardware import Hardware, load_profile
-from tracegen.errors import GpuError, WattraceError
+from tracegen.errors import GpuError, ReplayError, WattraceError
 from tracegen.schema import file_sha256, read_metadata, write_trace
 
 _LEAD_NS = NS_PER_S // 2  # between the decision to start and the first scheduled time
+_SETTLE_NS = NS_PER_S // 2  # between the last work and the idle baseline
 _REDRAW_S = 0.25
 _RATE_S = 5.0  # the live token rate looks back so far
 _EXIT_INTERRUPTED = 130
@@ -78,8 +79,9 @@ class _State:
 async def run(options: RunOptions, progress: Progress) -> Path:
     """Replay `options.trace` and return the run directory.
 
-    Raises a `WattraceError` when the run cannot be started; a run that was started is always written, and says in its
-    manifest how it ended (`complete`, `interrupted` or `failed`) and what to think of it (`verdicts`).
+    Raises a `WattraceError` when the run cannot be started, `KeyboardInterrupt` when a signal ends it before that; a
+    run that was started is always written, and says in its manifest how it ended (`complete`, `interrupted` or
+    `failed`) and what to think of it (`verdicts`).
     """
     plan = make_plan(options)
     run_id = os.urandom(8).hex()
@@ -89,7 +91,10 @@ async def run(options: RunOptions, progress: Progress) -> Path:
         progress.say(f"SIMULATED: {plan.why_engine}; power, step times and GPUs come from profile {options.profile}")
     else:
         progress.say(f"engine: {plan.engine} ({plan.why_engine})")
-    plan.run_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        plan.run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ReplayError(f"{plan.run_dir}: cannot be made ({error.strerror}); give another -o") from None
     started = False
     try:
         with _signals(state):
@@ -103,6 +108,8 @@ async def run(options: RunOptions, progress: Progress) -> Path:
     except BaseException as error:
         if not started:
             _clear(plan, error)
+        if state.interrupted and isinstance(error, asyncio.CancelledError):
+            raise KeyboardInterrupt from None
         raise
     return plan.run_dir
 
@@ -231,7 +238,8 @@ def _take_served(plan: Plan, state: _State, served: Served, progress: Progress) 
 
 async def _idle(length_ns: int, sampler: Sampler, progress: Progress, when: str) -> tuple[int, int]:
     """Let the engine idle for `length_ns`; the interval, all readings of which are written."""
-    start_ns = now_ns()
+    # Let power fall to idle, and the sensors' windows leave what was before.
+    start_ns = now_ns() + (_SETTLE_NS if length_ns else 0)
     end_ns = start_ns + length_ns
     while (left_ns := end_ns - now_ns()) > 0:
         progress.status(f"measuring idle power {when} the run ({math.ceil(left_ns / NS_PER_S)} s)")
@@ -321,13 +329,7 @@ async def _send_all(
         finally:
             store.end(record)
 
-    tasks: set[asyncio.Task[None]] = set()
-    try:
-        await dispatch(scheduled_ns, prepare, send, tasks)
-        while tasks:
-            await asyncio.wait(tasks)
-    finally:
-        await abort_all(tasks)
+    await dispatch(scheduled_ns, prepare, send)
 
 
 class _Gate:
@@ -339,8 +341,8 @@ class _Gate:
         self._turn = asyncio.Lock()
         self._throttler = None
         if max_rate_rps is not None:
-            period_s = max(1.0, 1.0 / max_rate_rps)
-            self._throttler = Throttler(round(max_rate_rps * period_s), period_s)
+            requests = math.ceil(max_rate_rps)  # the throttler counts whole requests; the period makes it exact
+            self._throttler = Throttler(requests, requests / max_rate_rps)
 
     @asynccontextmanager
     async def open(self) -> AsyncIterator[None]:

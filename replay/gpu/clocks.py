@@ -1,7 +1,8 @@
 """Lock SM clocks for as long as a run lasts.
 
-`ClockLock` starts a small process that locks the clocks, verifies that the driver took them, and gives them back when
-its standard input closes: at the end of the run, on an error, on Ctrl-C, and when replay is killed with SIGKILL.
+`ClockLock` starts a small process that locks the clocks and gives them back when its standard input closes: at the end
+of the run, on an error, on Ctrl-C, and when replay is killed with SIGKILL. Whether the clocks held under load is told
+by the readings (`replay.verdicts.clocks_held`).
 """
 
 import asyncio
@@ -10,6 +11,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Self
 
 from replay.gpu.base import Gpus, open_gpus
@@ -48,7 +50,11 @@ class ClockLock:
             *self._argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
         )
         assert self._holder.stdout is not None
-        line = await self._holder.stdout.readline()
+        try:
+            line = await self._holder.stdout.readline()
+        except BaseException:  # cancelled: a context that was not entered is not left either
+            await self.__aexit__()
+            raise
         answer = json.loads(line) if line else {"error": "the process that locks clocks ended without a word"}
         if "error" in answer:
             await self._holder.wait()
@@ -64,18 +70,14 @@ class ClockLock:
 
 def hold(spec: str, indices: Sequence[int], mhz: int) -> None:
     """Lock, say so on stdout, wait for stdin to close, restore."""
-    gpus = open_gpus(spec)
-    locked: list[int] = []
-    try:
+    with ExitStack() as stack:  # one GPU that refuses does not keep the others locked
+        gpus = open_gpus(spec)
+        stack.callback(gpus.close)
         for gpu in indices:
             gpus.lock_clock(gpu, mhz)
-            locked.append(gpu)
+            stack.callback(gpus.unlock_clock, gpu)
         print(json.dumps({"locked_mhz": mhz}), flush=True)  # noqa: T201 - the answer to the parent
         sys.stdin.buffer.read()
-    finally:
-        for gpu in locked:
-            gpus.unlock_clock(gpu)
-        gpus.close()
 
 
 def _main(argv: list[str]) -> None:

@@ -96,9 +96,13 @@ class Sampler:
             *self._argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
         )
         self._reader = asyncio.create_task(self._follow())
-        await self._news.wait()
+        try:
+            await self._news.wait()
+        except BaseException:  # cancelled: a context that was not entered is not left either
+            await self.__aexit__()
+            raise
         if self.status is None or self.status.error:
-            await self._process.wait()
+            await self.__aexit__()
             raise GpuError((self.status and self.status.error) or "the power sampler did not start")
         return self
 

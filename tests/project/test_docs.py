@@ -1,0 +1,128 @@
+"""The documents tell the truth: their examples run, their tables and commands are the code's."""
+
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import polars as pl
+import pytest
+
+from replay import rundir
+from tracegen.schema import TRACE, TRACE_OPTIONAL
+
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
+COMMANDS = ("tracegen", "replay", "analysis")
+TABLES = {
+    "trace": {**TRACE, **TRACE_OPTIONAL},
+    "requests": {**rundir.REQUESTS, **rundir.REQUESTS_OPTIONAL},
+    "steps": rundir.STEPS,
+    "segments": rundir.SEGMENTS,
+    "power": rundir.POWER,
+    "server_metrics": rundir.SERVER_METRICS,
+    "truth": rundir.TRUTH,
+}
+
+
+def blocks(page: Path, languages: tuple[str, ...]) -> list[tuple[str, str]]:
+    """(language, text) of each fenced block of one of `languages`."""
+    found = re.findall(r"^```(\w+)\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    return [(language, text) for language, text in found if language in languages]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+
+
+def test_the_tutorial_runs_as_written(tmp_path):
+    for language, text in blocks(DOCS / "tutorial.md", ("sh", "python")):
+        command = ["sh", "-euc", text] if language == "sh" else [sys.executable, "-W", "error", "-c", text]
+        done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False)
+        assert done.returncode == 0, f"{text}\n{done.stdout}\n{done.stderr}"
+        assert done.stdout.strip(), text
+    assert (tmp_path / "report.html").stat().st_size > 10_000
+    energy = pl.read_parquet(tmp_path / "slow" / "energy" / "requests.parquet")
+    requests = pl.read_parquet(tmp_path / "slow" / "requests.parquet")
+    assert energy.join(requests, on="request_id", how="inner").height == requests.height > 0
+
+
+def test_the_readme_names_targets_that_exist():
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    targets = {
+        target
+        for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md")
+        for _, text in blocks(page, ("sh",))
+        for target in re.findall(r"^make (\w+)", text, re.MULTILINE)
+    }
+    assert {"demo", "test"} <= targets
+    for target in targets:
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+
+
+def test_ci_runs_the_readmes_test_command():
+    assert "make test" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("page", [*DOCS.glob("*.md"), *ROOT.glob("*.md")], ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
+        if not target.startswith("http"):
+            assert (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_every_column_is_described_with_its_type(table):
+    text = (DOCS / "tables.md").read_text(encoding="utf-8")
+    section = text.split(f"{table}.parquet\n", 1)[1].split("\n#", 1)[0]
+    rows = [line for line in section.splitlines() if "`" in line]
+    for name, dtype in TABLES[table].items():
+        kind = f"List({dtype.inner!r})" if isinstance(dtype, pl.List) else str(dtype)
+        mentioned = [row for row in rows if f"`{name}`" in row]
+        assert mentioned, name
+        assert any(kind.replace("()", "") in row for row in mentioned) or kind in section, (name, kind)
+
+
+def test_the_command_reference_is_current():
+    done = subprocess.run(
+        [sys.executable, DOCS / "make_reference.py", "--check"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_every_command_and_option_says_what_it_does():
+    text = (DOCS / "cli.md").read_text(encoding="utf-8")
+    for section in re.split(r"^##+ ", text, flags=re.MULTILINE)[1:]:
+        heading = section.split("\n", 1)[0]
+        assert heading.split()[0] in COMMANDS
+        is_group = "COMMAND [ARGS]" in section
+        assert is_group or "Examples:" in section, heading
+        for line in re.findall(r"^  (-\S.*)$", section, re.MULTILINE):
+            # An option without help is a line that ends with its name; long names put the help on the next line.
+            following = section.split(line, 1)[1].split("\n")[1]
+            assert re.search(r"\S\s{2,}\S", line) or following.startswith("      "), (heading, line)
+
+
+def test_the_changelog_has_this_version():
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
+    assert f"## [{version}]" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+def test_the_lock_pins_every_dependency():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    asked = [
+        *project["project"]["dependencies"],
+        *project["project"]["optional-dependencies"]["dev"],
+        *project["build-system"]["requires"],
+    ]
+    pins = dict(
+        line.split(";")[0].strip().lower().replace("_", "-").split("==")
+        for line in (ROOT / "requirements.lock").read_text(encoding="utf-8").splitlines()
+        if line and not line.startswith("#")
+    )
+    for requirement in asked:
+        name = re.match(r"[\w.-]+", requirement)
+        assert name, requirement
+        assert name[0].lower().replace("_", "-") in pins, requirement

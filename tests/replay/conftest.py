@@ -1,0 +1,113 @@
+"""What the tests of replay share: traces, a run on the simulated engine, the command in a process of its own."""
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import polars as pl
+import pytest
+
+from replay.live import QuietProgress
+from replay.plan import RunOptions
+from replay.session import run
+from tracegen.schema import TRACE, write_trace
+
+MS = 1_000_000
+
+
+@pytest.fixture(scope="session")
+def make_trace():
+    """Write a trace of the given (arrival ms, input tokens, output tokens) and return its path."""
+
+    def make(path, rows, metadata=None, **columns):
+        data = {
+            "request_id": range(100, 100 + len(rows)),
+            "arrival_ns": [row[0] * MS for row in rows],
+            "input_tokens": [row[1] for row in rows],
+            "output_tokens": [row[2] for row in rows],
+        }
+        frame = pl.DataFrame(data, schema=TRACE).with_columns(**columns)
+        write_trace(frame, path, {"generator": "test", **(metadata or {})})
+        return path
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def replay():
+    """`replay.session.run` without a terminal; what it does, not how it looks."""
+
+    def replay(trace, **options):
+        return asyncio.run(run(RunOptions(trace, **options), QuietProgress()))
+
+    return replay
+
+
+@pytest.fixture(scope="session")
+def sim_run(tmp_path_factory, make_trace, replay):
+    """A complete run of 24 requests on the simulated engine, TP 8 locked at 1200 MHz; nobody writes into it."""
+    folder = tmp_path_factory.mktemp("sim")
+    rows = [(130 * i, 40 + 397 * (i % 7), 4 + 11 * (i % 5)) for i in range(24)]
+    trace = make_trace(folder / "trace.parquet", rows)
+    return replay(
+        trace, engine="sim", tp=8, freq_mhz=1200, output=folder / "run", idle_ns=1000 * MS, metadata={"why": "test"}
+    )
+
+
+@pytest.fixture
+def command(tmp_path):
+    """Start `replay ARGUMENTS` in a process (group) of its own; what still runs at the end is killed."""
+    started = []
+
+    def start(*arguments, env=None, **popen):
+        argv = [sys.executable, "-m", "replay.cli", *map(str, arguments)]
+        process = subprocess.Popen(
+            argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path,
+            env={**os.environ, **(env or {})}, start_new_session=True, **popen,
+        )  # fmt: skip
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        if process.poll() is None:
+            process.send_signal(signal.SIGKILL)
+        process.communicate()
+
+
+@pytest.fixture(scope="session")
+def processes():
+    """The ids of living processes whose command line names `marker`."""
+
+    def find(marker):
+        found = []
+        for entry in Path("/proc").iterdir():
+            if entry.name.isdigit() and int(entry.name) != os.getpid():
+                try:
+                    words = (entry / "cmdline").read_bytes()
+                    state = (entry / "stat").read_text().rpartition(")")[2].split()[0]
+                except OSError:
+                    continue
+                if str(marker).encode() in words and state != "Z":
+                    found.append(int(entry.name))
+        return found
+
+    return find
+
+
+@pytest.fixture(scope="session")
+def until():
+    """Poll `condition` until it holds and return what it gave; a test that waits in vain fails."""
+
+    def until(condition, timeout_s=30.0):
+        end_s = time.monotonic() + timeout_s
+        while not (value := condition()):
+            assert time.monotonic() < end_s, "never"
+            time.sleep(0.02)
+        return value
+
+    return until

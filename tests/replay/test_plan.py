@@ -1,0 +1,190 @@
+"""What cannot be run is said before anything is started; what was left open is filled in."""
+
+import math
+
+import polars as pl
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from replay import plan as plan_module
+from replay.engines.vllm import DEFAULT_MODEL
+from replay.plan import RunOptions, fit_lengths, make_plan
+from tracegen.errors import GpuError, ReplayError, TraceError, WattraceError
+
+URL = "http://127.0.0.1:9"
+
+
+@pytest.fixture
+def trace(make_trace, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return make_trace(tmp_path / "my trace.parquet", [(0, 10, 5), (1000, 20, 5), (2000, 30, 5)])
+
+
+class Driver:
+    def close(self):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"engine": "tgi"}, "--engine tgi: use auto, sim, vllm, or a server's URL"),
+        ({"tp": 0}, "--tp 0: must be above 0"),
+        ({"tp": -2}, "--tp -2: must be above 0"),
+        ({"gpus": (0, 0), "tp": 2}, "--gpus 0,0: names a GPU twice"),
+        ({"gpus": (0, 1, 2), "tp": 2}, "--tp 2 needs 2 GPUs, but --gpus names 3"),
+        ({"gpus": ()}, "--tp 2 needs 2 GPUs, but --gpus names 0"),
+        ({"engine": URL, "freq_mhz": 1200}, "--freq with a URL needs --gpus"),
+        ({"overlong": "cut"}, "--overlong cut: use one of refuse, drop, clip"),
+        ({"max_concurrency": 0}, "--max-concurrency 0: must be above 0"),
+        ({"max_rate_rps": 0.0}, "--max-rate 0: must be above 0"),
+        ({"max_rate_rps": math.nan}, "--max-rate nan: must be above 0"),
+        ({"max_rate_rps": math.inf}, "--max-rate inf: must be above 0"),
+        ({"request_timeout_s": -1.0}, "--request-timeout-sec -1: must be above 0"),
+        ({"ready_timeout_s": 0.0}, "--ready-check-timeout-sec 0: must be above 0"),
+        ({"num_prompts": 0}, "--num-prompts 0: must be above 0"),
+        ({"seed": -1}, "--seed -1: must not be negative"),
+        ({"duration_ns": 0}, "no request arrives within --duration"),
+        ({"profile": "abacus"}, "abacus"),
+    ],
+)
+def test_a_wrong_option_is_one_clear_line(trace, options, message):
+    with pytest.raises(WattraceError) as caught:
+        make_plan(RunOptions(trace, **{"engine": "sim", **options}))
+    assert isinstance(caught.value, ReplayError)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_trace_is_a_trace_error(tmp_path):
+    with pytest.raises(TraceError, match="no such file"):
+        make_plan(RunOptions(tmp_path / "none.parquet", engine="sim"))
+
+
+def test_prefix_hashes_need_the_size_of_their_blocks(make_trace, tmp_path):
+    hashes = pl.Series([[1, 2], [1]], dtype=pl.List(pl.UInt64))
+    rows = [(0, 40, 5), (1, 40, 5)]
+    without = make_trace(tmp_path / "a.parquet", rows, prefix_hashes=hashes)
+    with pytest.raises(ReplayError, match="has prefix_hashes but no block_tokens"):
+        make_plan(RunOptions(without, engine="sim"))
+    named = make_trace(tmp_path / "b.parquet", rows, {"block_tokens": 16}, prefix_hashes=hashes)
+    assert make_plan(RunOptions(named, engine="sim")).block_tokens == 16
+
+
+@pytest.mark.parametrize("content", ["file", "folder"])
+def test_a_run_is_never_written_over(trace, tmp_path, content):
+    output = tmp_path / "run"
+    if content == "file":
+        output.write_text("precious")
+    else:
+        output.mkdir()
+        (output / "precious").write_text("")
+    with pytest.raises(ReplayError, match=r"run: exists already; a run is never overwritten, give another -o"):
+        make_plan(RunOptions(trace, engine="sim", output=output))
+
+
+def test_an_empty_folder_may_be_filled(trace, tmp_path):
+    (tmp_path / "run").mkdir()
+    assert make_plan(RunOptions(trace, engine="sim", output=tmp_path / "run")).run_dir == tmp_path / "run"
+
+
+def test_the_run_directory_tells_what_was_run_and_is_new(trace):
+    options = RunOptions(trace, engine="sim", tp=4, freq_mhz=1200)
+    first = make_plan(options).run_dir
+    assert str(first).startswith("runs/my-trace-sim-tp4-1200MHz-20")
+    first.mkdir(parents=True)
+    second = make_plan(options).run_dir
+    assert not second.exists()
+    assert "-unlocked-" in make_plan(RunOptions(trace, engine="sim")).run_dir.name
+
+
+@pytest.mark.parametrize(
+    ("options", "tp", "gpus"),
+    [
+        ({"engine": "sim"}, 2, (0, 1)),
+        ({"engine": "sim", "tp": 8}, 8, tuple(range(8))),
+        ({"engine": "sim", "gpus": (4, 5, 6, 7)}, 4, (4, 5, 6, 7)),
+        ({"engine": URL}, 1, ()),
+        ({"engine": URL, "tp": 4}, 4, ()),
+        ({"engine": URL, "gpus": (2, 3)}, 2, (2, 3)),
+    ],
+)
+def test_tp_and_gpus_fill_each_other_in(trace, options, tp, gpus):
+    plan = make_plan(RunOptions(trace, **options))
+    assert (plan.tp, plan.gpus) == (tp, gpus)
+
+
+def test_auto_without_a_driver_simulates_and_vllm_without_one_is_an_error(trace, monkeypatch):
+    def no_driver(spec):
+        raise GpuError("no NVIDIA GPU can be reached (none); to run without one use --engine sim")
+
+    monkeypatch.setattr(plan_module, "open_gpus", no_driver)
+    plan = make_plan(RunOptions(trace))
+    assert (plan.engine, plan.why_engine) == ("sim", "no NVIDIA GPU can be reached (none)")
+    with pytest.raises(GpuError, match="--engine sim"):
+        make_plan(RunOptions(trace, engine="vllm"))
+
+
+def test_auto_with_a_gpu_takes_vllm_or_names_the_ways_out(trace, monkeypatch):
+    monkeypatch.setattr(plan_module, "open_gpus", lambda spec: Driver())
+    monkeypatch.setattr(plan_module, "vllm_installed", lambda: False)
+    with pytest.raises(ReplayError, match=r"wattrace\[vllm\].*--vllm-python.*--engine sim"):
+        make_plan(RunOptions(trace))
+    assert make_plan(RunOptions(trace, vllm_python="/opt/python")).engine == "vllm"
+    monkeypatch.setattr(plan_module, "vllm_installed", lambda: True)
+    plan = make_plan(RunOptions(trace))
+    assert (plan.engine, plan.model, plan.tp, plan.gpus) == ("vllm", DEFAULT_MODEL, 1, (0,))
+
+
+def test_duration_and_num_prompts_cut_the_trace(trace):
+    def ids(**options):
+        return make_plan(RunOptions(trace, engine="sim", **options)).trace["request_id"].to_list()
+
+    assert ids() == [100, 101, 102]
+    assert ids(duration_ns=2_000_000_000) == [100, 101]
+    assert ids(num_prompts=1) == [100]
+
+
+def lengths(pairs):
+    ids = pl.Series("request_id", range(len(pairs)), dtype=pl.UInt64)
+    columns = [pl.Series(name, [p[i] for p in pairs], dtype=pl.UInt32) for i, name in enumerate(("input_tokens", "output_tokens"))]
+    return pl.DataFrame([ids, *columns])
+
+
+PAIRS = st.lists(st.tuples(st.integers(1, 300), st.integers(1, 300)), min_size=1, max_size=20)
+
+
+@given(PAIRS, st.integers(2, 400))
+def test_after_clip_every_request_fits_and_is_one(pairs, limit):
+    clipped, changed = fit_lengths(lengths(pairs), limit, "clip")
+    too_long = [i + o > limit for i, o in pairs]
+    assert changed == sum(too_long)
+    for (i, o), row, long in zip(pairs, clipped.iter_rows(named=True), too_long, strict=True):
+        inputs, outputs = row["input_tokens"], row["output_tokens"]
+        assert 1 <= inputs <= i
+        assert 1 <= outputs <= o
+        assert inputs + outputs == (limit if long else i + o), "clipped no further than it must be"
+    assert clipped.schema == lengths(pairs).schema
+
+
+@given(PAIRS, st.integers(2, 400))
+def test_drop_leaves_exactly_those_that_fit(pairs, limit):
+    fitting = [index for index, (i, o) in enumerate(pairs) if i + o <= limit]
+    if not fitting:
+        with pytest.raises(ReplayError, match=f"every request is longer than the model's {limit} tokens"):
+            fit_lengths(lengths(pairs), limit, "drop")
+        return
+    kept, dropped = fit_lengths(lengths(pairs), limit, "drop")
+    assert kept["request_id"].to_list() == fitting
+    assert dropped == len(pairs) - len(fitting)
+
+
+def test_refuse_names_the_first_that_is_too_long():
+    with pytest.raises(ReplayError) as caught:
+        fit_lengths(lengths([(5, 5), (90, 20), (200, 1)]), 100, "refuse")
+    assert str(caught.value) == (
+        "2 of 3 requests are longer than the model's 100 tokens (request_id 1: 90 + 20); use --overlong drop or clip"
+    )
+    assert fit_lengths(lengths([(90, 10)]), 100, "refuse")[1] == 0
+    assert fit_lengths(lengths([(90, 10_000)]), None, "refuse")[1] == 0

@@ -1,0 +1,192 @@
+"""Each verdict, true and false and without an answer, on tables made by hand."""
+
+import numpy as np
+import polars as pl
+import pytest
+
+from replay import verdicts
+from replay.rundir import POWER, REQUESTS, SEGMENTS, STEPS
+
+MS = 1_000_000
+S = 1_000_000_000
+
+
+def requests(count=10, **columns):
+    """`count` good requests of 100 + 5 tokens, one a second; columns replaced by keyword."""
+    base = {
+        "request_id": range(count),
+        "instance": [0] * count,
+        "scheduled_ns": [i * S for i in range(count)],
+        "sent_ns": [i * S + MS for i in range(count)],
+        "first_token_ns": [i * S + 100 * MS for i in range(count)],
+        "input_tokens": [100] * count,
+        "output_tokens": [5] * count,
+        "output_tokens_wanted": [5] * count,
+        "status": ["ok"] * count,
+    }
+    blank = {name: [None] * count for name in REQUESTS}
+    return pl.DataFrame({**blank, **base, **columns}, schema=REQUESTS)
+
+
+def trace(count=10, inputs=100):
+    return pl.DataFrame({"request_id": range(count), "input_tokens": [inputs] * count}).cast(
+        {"request_id": pl.UInt64, "input_tokens": pl.UInt32}
+    )
+
+
+def power(gpu=0, seconds=10, period_ms=25, watts=100.0, **columns):
+    """Readings of a GPU at constant power; columns replaced by keyword."""
+    t_ns = list(range(0, seconds * S + 1, period_ms * MS))
+    base = {
+        "t_ns": t_ns,
+        "gpu": [gpu] * len(t_ns),
+        "power_instant_mw": [round(watts * 1e3)] * len(t_ns),
+        "energy_mj": [round(watts * t / 1e6) for t in t_ns],
+        "sm_clock_mhz": [1200] * len(t_ns),
+    }
+    blank = {name: [None] * len(t_ns) for name in POWER}
+    return pl.DataFrame({**blank, **base, **columns}, schema=POWER)
+
+
+def test_dispatch_lag_is_the_p99_of_send_minus_schedule():
+    late = [0] * 980 + [30 * MS] * 20
+    good = verdicts.dispatch_lag(requests())
+    assert (good.ok, good.value) == (True, 1.0)
+    frame = requests(1000)
+    bad = verdicts.dispatch_lag(frame.with_columns(sent_ns=frame["scheduled_ns"] + pl.Series(late)))
+    assert (bad.ok, bad.value) == (False, 30.0)
+    assert "max 30.00 ms" in bad.why
+    nothing = verdicts.dispatch_lag(requests(3, sent_ns=[None] * 3))
+    assert (nothing.ok, nothing.value, nothing.why) == (False, None, "no request was sent")
+
+
+def test_loop_stall_is_the_worst_delay():
+    assert verdicts.loop_stall([0, 5 * MS]).ok is True
+    bad = verdicts.loop_stall([0, 250 * MS, 0])
+    assert (bad.ok, bad.value) == (False, 250.0)
+    assert verdicts.loop_stall([]).ok is None
+
+
+def test_open_loop_is_closed_by_any_cap():
+    assert verdicts.open_loop(None, None).ok is True
+    bad = verdicts.open_loop(4, 2.5)
+    assert (bad.ok, bad.why) == (False, "closed by cap: --max-concurrency 4, --max-rate 2.5")
+
+
+def test_all_answered_names_what_went_wrong():
+    assert verdicts.all_answered(requests(), 10).ok is True
+    bad = verdicts.all_answered(requests(3, status=["ok", "timeout", "timeout"]), 5)
+    assert (bad.ok, bad.value, bad.why) == (False, 0.2, "1 of 5 requests ok: 2 timeout, 2 not sent")
+
+
+def test_lengths_are_held_against_the_trace_in_both_directions():
+    assert verdicts.lengths_exact(requests(), trace()).ok is True
+    short = verdicts.lengths_exact(
+        requests(3, output_tokens=[5, 4, 5], status=["ok", "length_mismatch", "ok"]), trace(3)
+    )
+    assert (short.ok, short.value) == (False, 1.0)
+    assert verdicts.lengths_exact(requests(), trace(inputs=101)).value == 10.0
+    assert verdicts.lengths_exact(requests(2, output_tokens=[None, None]), trace(2)).ok is None
+    # A request that broke off tells of the server, not of lengths.
+    assert verdicts.lengths_exact(requests(2, output_tokens=[5, 1], status=["ok", "timeout"]), trace(2)).ok is True
+
+
+def queue(load, count=2000, seed=3):
+    """An M/D/1 queue of service 0.1 s at `load`: first tokens when service ends."""
+    rng = np.random.default_rng(seed)
+    sent_s = np.cumsum(rng.exponential(0.1 / load, count))
+    end_s, ends = 0.0, []
+    for s in sent_s:
+        end_s = max(end_s, s) + 0.1
+        ends.append(end_s)
+    ns = [(np.array(t) * 1e9).astype(np.int64) for t in (sent_s, ends)]
+    return requests(count, scheduled_ns=ns[0], sent_ns=ns[0], first_token_ns=ns[1])
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize(("load", "full"), [(0.5, False), (0.8, False), (1.25, True), (2.0, True)])
+def test_saturated_is_a_queue_that_grows(load, full, seed):
+    verdict = verdicts.saturated(queue(load, seed=seed))
+    assert verdict.ok is not full
+    assert verdict.why.startswith("saturated" if full else "not saturated")
+    if full:
+        assert verdict.value == pytest.approx(1 - 1 / load, abs=0.05)
+
+
+def test_a_server_that_never_answers_is_saturated_and_few_requests_tell_nothing():
+    assert verdicts.saturated(requests(40, first_token_ns=[None] * 40)).ok is False
+    assert verdicts.saturated(requests(19)).ok is None
+
+
+def test_a_burst_at_once_is_no_division_by_zero():
+    at_once = requests(30, sent_ns=[S] * 30, scheduled_ns=[S] * 30, first_token_ns=[S + i for i in range(30)])
+    assert verdicts.saturated(at_once).ok is None
+
+
+def test_clocks_held():
+    assert verdicts.clocks_held(power(), [0], 1200).ok is True
+    assert verdicts.clocks_held(power(sm_clock_mhz=[1215] * 401), [0], 1200).ok is True
+    half = [1200] * 200 + [900] * 201
+    bad = verdicts.clocks_held(power(sm_clock_mhz=half, throttle_reasons=[0x4 | 0x20 | 0x1] * 401), [0], 1200)
+    assert (bad.ok, bad.value) == (False, pytest.approx(200 / 401))
+    assert bad.why.endswith("; software power cap; software thermal slowdown")
+    assert verdicts.clocks_held(power(), [0], None).ok is None
+    assert verdicts.clocks_held(None, [0], 1200).ok is False
+    assert verdicts.clocks_held(power(gpu=1), [0], 1200).ok is False
+    assert verdicts.clocks_held(power(sm_clock_mhz=[None] * 401), [0], 1200).ok is False
+
+
+def test_sensor_alive_is_the_share_of_the_window_near_a_reading():
+    assert verdicts.sensor_alive(power(), [0], 0, 10 * S).ok is True
+    gap = power().filter(~pl.col("t_ns").is_between(4 * S, 6 * S))
+    bad = verdicts.sensor_alive(gap, [0], 0, 10 * S)
+    assert (bad.ok, bad.value) == (False, pytest.approx(0.795, abs=0.01))
+    assert verdicts.sensor_alive(power(), [0, 1], 0, 10 * S).value == 0.0, "one GPU is silent"
+    assert verdicts.sensor_alive(power(), [0], 0, 20 * S).value == pytest.approx(0.5)
+    assert verdicts.sensor_alive(None, [0], 0, S).ok is None
+    assert verdicts.sensor_alive(power(), [], 0, S).ok is None
+
+
+def test_counter_agrees_with_samples():
+    good = verdicts.counter_agrees(power(), [0], 0, 10 * S)
+    assert (good.ok, good.value) == (True, pytest.approx(0.0, abs=1e-6))
+    bad = verdicts.counter_agrees(power(power_instant_mw=[120_000] * 401), [0], 0, 10 * S)
+    assert (bad.ok, bad.value) == (False, pytest.approx(0.2))
+    both = pl.concat([power(), power(gpu=1, watts=300.0)])
+    assert verdicts.counter_agrees(both, [0, 1], 0, 10 * S).why == "counter 4,000 J, samples 4,000 J"
+    assert verdicts.counter_agrees(power(energy_mj=[None] * 401), [0], 0, 10 * S).ok is None
+    assert verdicts.counter_agrees(None, [0], 0, S).ok is None
+
+
+def test_idle_is_measured_on_both_sides():
+    known = [{"instant": 90.0}]
+    assert verdicts.idle_measured(known, known).ok is True
+    bad = verdicts.idle_measured([*known, {}], [{}, {}])
+    assert (bad.ok, bad.value) == (False, 3.0)
+    assert verdicts.idle_measured([], []).ok is None
+
+
+def steps(numbers=range(20)):
+    blank = {name: [0] * len(numbers) for name in STEPS}
+    return pl.DataFrame({**blank, "step": list(numbers)}, schema=STEPS)
+
+
+def segments(rows):
+    columns = ("request_id", "first_step", "last_step", "kind", "tokens_per_step")
+    table = {name: [row[i] for row in rows] for i, name in enumerate(columns)}
+    return pl.DataFrame({"instance": [0] * len(rows), **table, "context_start": [0] * len(rows)}, schema=SEGMENTS)
+
+
+def test_steps_complete_counts_gaps_and_tokens_in_no_step():
+    whole = [(0, 0, 0, "prefill", 100), (0, 1, 4, "decode", 1), (None, 3, 9, "decode", 1)]
+    good = verdicts.steps_complete(steps(), segments(whole), requests(1))
+    assert (good.ok, good.value) == (True, 0.0)
+    gap = verdicts.steps_complete(steps([0, 1, 2, 5]), segments(whole), requests(1))
+    assert (gap.ok, gap.value) == (False, 2.0)
+    short = verdicts.steps_complete(steps(), segments(whole[:1]), requests(2))
+    assert (short.ok, short.value) == (False, 2.0), "one lacks its decode, one is not there at all"
+    cached = verdicts.steps_complete(
+        steps(), segments([(0, 0, 0, "prefill", 36), whole[1]]), requests(1, cached_tokens=[64])
+    )
+    assert cached.ok is True, "what the prefix cache held was not computed"
+    assert verdicts.steps_complete(None, None, requests()).ok is None
