@@ -123,7 +123,7 @@ def close_up(series: Series) -> str:
     return _svg(alt.vconcat(*panels).resolve_scale(color="independent"))
 
 
-def buckets(frame: pl.DataFrame) -> str:
+def buckets(frame: pl.DataFrame, title: str = "") -> str:
     """Energy per request by size. `frame`: run, group, part (prefill, decode), rank, joules."""
     groups, runs = (frame[name].unique(maintain_order=True).to_list() for name in ("group", "run"))
     axis = alt.Axis(labelAngle=0, ticks=False, labelColor=INK, labelFontSize=13)
@@ -147,7 +147,7 @@ def buckets(frame: pl.DataFrame) -> str:
     text = labels.mark_text(dy=-6, fontSize=10 if len(runs) > 1 else 12, color=MUTED).encode(
         y="joules:Q", text="text:N", **encodings
     )
-    return _svg((bars + text).properties(width=WIDTH, autosize=FIT, height=300))
+    return _svg((bars + text).properties(width=WIDTH, autosize=FIT, height=300, title=title))
 
 
 def _short(joules: float) -> str:

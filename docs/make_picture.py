@@ -1,5 +1,6 @@
-"""Draw docs/images/demo.svg, the README's picture, from the runs that `make demo` left in demo/."""
+"""Draw joules per request by size: `python docs/make_picture.py docs/images/demo.svg demo/run-1980 demo/run-1200`."""
 
+import sys
 from pathlib import Path
 
 import polars as pl
@@ -9,33 +10,35 @@ from analysis.query import query
 from replay.rundir import Run
 from tracegen.buckets import BUCKETS
 
-PICTURE = Path(__file__).parent / "images" / "demo.svg"
 PARTS = ["prefill", "decode"]
 SQL = """
-    SELECT freq_mhz, bucket, avg(prefill_j) AS prefill, avg(decode_j) AS decode
-    FROM requests WHERE status = 'ok' GROUP BY freq_mhz, bucket
+    SELECT freq_mhz, engine, bucket, avg(prefill_j) AS prefill, avg(decode_j) AS decode
+    FROM requests WHERE status = 'ok' GROUP BY freq_mhz, engine, bucket
 """
 
 
 def main() -> None:
     """Draw it."""
-    means = query([Run.open("demo/run-1980"), Run.open("demo/run-1200")], SQL)
+    picture, *runs = map(Path, sys.argv[1:])
+    means = query([Run.open(path) for path in runs], SQL)
     size = pl.col("bucket").replace_strict({bucket: i for i, bucket in enumerate(BUCKETS)})
     frame = (
-        means.unpivot(on=PARTS, index=["freq_mhz", "bucket"], variable_name="part", value_name="joules")
+        means.unpivot(on=PARTS, index=["freq_mhz", "engine", "bucket"], variable_name="part", value_name="joules")
         .sort(-pl.col("freq_mhz"), size)
         .select(
-            pl.format("{} MHz (simulated)", "freq_mhz").alias("run"),
+            pl.format("{} MHz ({})", "freq_mhz", "engine").alias("run"),
             pl.col("bucket").alias("group"),
             "part",
             (pl.col("part") == PARTS[1]).cast(pl.Int8).alias("rank"),
             "joules",
         )
     )
-    PICTURE.parent.mkdir(exist_ok=True)
+    picture.parent.mkdir(exist_ok=True)
     # A ground of its own, for readers whose pages are dark.
-    PICTURE.write_text(buckets(frame).replace("<svg ", '<svg style="background:#fff" ', 1), encoding="utf-8")
-    print(f"wrote {PICTURE}")
+    title = f"joules per request by size, {' and '.join(frame['run'].unique(maintain_order=True))}"
+    drawn = buckets(frame, title).replace("<svg ", '<svg style="background:#fff" ', 1)
+    picture.write_text(drawn, encoding="utf-8")
+    print(f"wrote {picture}")
 
 
 if __name__ == "__main__":

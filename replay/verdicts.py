@@ -101,8 +101,9 @@ def saturated(requests: pl.DataFrame) -> Verdict:
     with arrivals at rate λ and first tokens at rate μ < λ it is 1 - μ/λ.
     """
     sent = np.sort(requests["sent_ns"].drop_nulls().to_numpy())
-    if len(sent) < 20:
-        return Verdict("saturated", None, None, BACKLOG_GROWTH_BOUND, "fewer than 20 requests tell nothing")
+    if len(sent) < 20 or sent[0] == sent[-1]:
+        why = "fewer than 20 requests, or all sent at one moment, tell nothing"
+        return Verdict("saturated", None, None, BACKLOG_GROWTH_BOUND, why)
     first = np.sort(requests["first_token_ns"].drop_nulls().to_numpy())
     at = np.linspace(sent[0], sent[-1], 200)
     backlog = np.searchsorted(sent, at, "right") - np.searchsorted(first, at, "right")
