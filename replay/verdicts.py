@@ -155,7 +155,12 @@ def counter_agrees(power: pl.DataFrame | None, gpus: Sequence[int], start_ns: in
     inside = power.filter(pl.col("gpu").is_in(gpus) & pl.col("t_ns").is_between(start_ns, end_ns)).sort("t_ns")
     inside = inside.filter(pl.col("energy_mj").is_not_null() & pl.col("power_instant_mw").is_not_null())
     counter_j = sampled_j = 0.0
-    for frame in inside.partition_by("gpu"):
+    for readings in inside.partition_by("gpu"):
+        # From one update of the counter to another: between two it stands still while power is drawn.
+        updates = (readings["energy_mj"] != readings["energy_mj"].shift(1)).fill_null(value=False).arg_true()
+        if updates.is_empty():
+            continue
+        frame = readings[updates[0] : updates[-1] + 1]
         t_s = frame["t_ns"].to_numpy() / 1e9
         watts = frame["power_instant_mw"].to_numpy() / 1e3
         # A reading stands for the time since the one before it.

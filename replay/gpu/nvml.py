@@ -69,8 +69,8 @@ class NvmlGpus:
     def supported_clocks_mhz(self, gpu: int) -> list[int]:
         """The SM clocks at the highest memory clock, ascending."""
         handle = self._handle(gpu)
-        memory = max(_ask(pynvml.nvmlDeviceGetSupportedMemoryClocks, handle))
-        return sorted(_ask(pynvml.nvmlDeviceGetSupportedGraphicsClocks, handle, memory))
+        memory = _ask(pynvml.nvmlDeviceGetSupportedMemoryClocks, handle)
+        return sorted(_ask(pynvml.nvmlDeviceGetSupportedGraphicsClocks, handle, max(memory))) if memory else []
 
     def lock_clock(self, gpu: int, mhz: int) -> None:
         """Lock the SM clock of `gpu` to `mhz`."""
@@ -94,10 +94,9 @@ def _power_fields(handle: Any) -> tuple[int | None, int | None]:
     """Instant and average power in mW; `nvmlDeviceGetPowerUsage` alone would be a 1 s average on Hopper."""
     ids = [pynvml.NVML_FI_DEV_POWER_INSTANT, pynvml.NVML_FI_DEV_POWER_AVERAGE]
     fields = _optional(pynvml.nvmlDeviceGetFieldValues, handle, ids)
-    if fields is None:
-        return None, _optional(pynvml.nvmlDeviceGetPowerUsage, handle)
-    instant, average = (f.value.uiVal if f.nvmlReturn == pynvml.NVML_SUCCESS else None for f in fields)
-    return instant, average
+    ok = pynvml.NVML_SUCCESS
+    instant, average = (f.value.uiVal if f.nvmlReturn == ok else None for f in fields) if fields else (None, None)
+    return instant, _optional(pynvml.nvmlDeviceGetPowerUsage, handle) if average is None else average
 
 
 def _ask(function: Callable[..., Any], *arguments: Any) -> Any:

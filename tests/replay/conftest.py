@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from replay.session import run
 from tracegen.schema import TRACE, write_trace
 
 MS = 1_000_000
+COMPILER = shutil.which("cc")
 
 
 @pytest.fixture(scope="session")
@@ -111,3 +113,52 @@ def until():
         return value
 
     return until
+
+
+@pytest.fixture(scope="session")
+def sim_server(tmp_path_factory):
+    """The URL of a simulated engine that is somebody else's."""
+    folder = tmp_path_factory.mktemp("server")
+    files = ["--board", str(folder / "board"), "--record", str(folder / "record"), "--model", "llama"]
+    argv = [sys.executable, "-m", "replay.sim.server", *files, "--port", "0", "--exit-with-parent"]
+    process = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    line = process.stdout.readline()
+    assert line.startswith("SIMULATED engine")
+    yield line.split()[-1]
+    process.communicate()
+    assert process.returncode == 0
+
+
+@pytest.fixture(scope="session")
+def nvml_library(tmp_path_factory):
+    """The folder of a libnvidia-ml.so.1 with two GPUs (gpu/fake_nvml.c)."""
+    if COMPILER is None or not sys.platform.startswith("linux"):
+        pytest.skip("needs Linux and a C compiler")
+    folder = tmp_path_factory.mktemp("nvml")
+    source = Path(__file__).parent / "gpu" / "fake_nvml.c"
+    flags = ["-shared", "-fPIC", "-O1", "-o", str(folder / "libnvidia-ml.so.1")]
+    subprocess.run([COMPILER, *flags, str(source)], check=True)
+    return folder
+
+
+@pytest.fixture
+def driver(nvml_library, tmp_path):
+    """The environment in which that library is found, by its mode; the loader reads it when a process starts."""
+
+    def driver(mode=""):
+        path = os.pathsep.join(filter(None, [str(nvml_library), os.environ.get("LD_LIBRARY_PATH")]))
+        log = tmp_path / "clocks.log"
+        return {**os.environ, "LD_LIBRARY_PATH": path, "FAKE_NVML_MODE": mode, "FAKE_NVML_LOG": str(log)}
+
+    return driver
+
+
+@pytest.fixture
+def vllm_package(tmp_path):
+    """A folder with a package `vllm` that serves (fake_vllm.py), for PYTHONPATH."""
+    package = tmp_path / "site" / "vllm" / "entrypoints" / "cli"
+    package.mkdir(parents=True)
+    for folder in (package, package.parent, package.parent.parent):
+        (folder / "__init__.py").touch()
+    shutil.copy(Path(__file__).parent / "fake_vllm.py", package / "main.py")
+    return tmp_path / "site"

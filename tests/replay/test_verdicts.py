@@ -153,9 +153,17 @@ def test_counter_agrees_with_samples():
     bad = verdicts.counter_agrees(power(power_instant_mw=[120_000] * 401), [0], 0, 10 * S)
     assert (bad.ok, bad.value) == (False, pytest.approx(0.2))
     both = pl.concat([power(), power(gpu=1, watts=300.0)])
-    assert verdicts.counter_agrees(both, [0, 1], 0, 10 * S).why == "counter 4,000 J, samples 4,000 J"
+    # From the first update in the window on: that of the second poll, 25 ms after its beginning.
+    assert verdicts.counter_agrees(both, [0, 1], 0, 10 * S).why == "counter 3,990 J, samples 3,990 J"
     assert verdicts.counter_agrees(power(energy_mj=[None] * 401), [0], 0, 10 * S).ok is None
     assert verdicts.counter_agrees(None, [0], 0, S).ok is None
+
+
+@pytest.mark.parametrize("start_ms", range(0, 100, 10))
+def test_a_counter_that_updates_seldom_agrees_over_a_short_window_too(start_ms):
+    slow = [100 * (t // (100 * MS)) * 100 for t in range(0, 10 * S + 1, 25 * MS)]  # 100 W, a step each 100 ms
+    verdict = verdicts.counter_agrees(power(energy_mj=slow), [0], start_ms * MS, 1050 * MS + start_ms * MS)
+    assert verdict.value == pytest.approx(0.0, abs=1e-9)
 
 
 def test_idle_is_measured_on_both_sides():

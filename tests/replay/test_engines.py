@@ -1,0 +1,224 @@
+"""Engines: a server that somebody else runs, vLLM launched, and what is said when either does not answer."""
+
+import asyncio
+import json
+import socket
+import subprocess
+import sys
+
+import pytest
+from aiohttp import web
+
+from replay.engines.attach import AttachedEngine
+from replay.engines.process import check_port, free_port
+from replay.engines.vllm import VllmEngine
+from replay.rundir import Run
+from tracegen.errors import ReplayError
+
+
+def quiet(message):
+    pass
+
+
+def ask(model=None, *, status=200, body=b"", path="/v1/models", suffix=""):
+    """What an engine attached to a server with this answer finds, and that server's URL."""
+
+    async def main():
+        async def answer(request):
+            return web.Response(status=status, body=body)
+
+        app = web.Application()
+        app.add_routes([web.get(path, answer)])
+        runner = web.AppRunner(app)
+        await runner.setup()
+        try:
+            site = web.TCPSite(runner, "127.0.0.1", 0)
+            await site.start()
+            url = f"http://127.0.0.1:{site._server.sockets[0].getsockname()[1]}"
+            async with AttachedEngine(url + suffix, model, 5.0) as engine:
+                assert engine.alive()
+                return await engine.ready(), url
+        finally:
+            await runner.cleanup()
+
+    return asyncio.run(main())
+
+
+def models(*names, **card):
+    return json.dumps({"data": [{"id": name, **card} for name in names]}).encode()
+
+
+@pytest.mark.parametrize("suffix", ["", "/", "/v1", "/v1/"])
+def test_the_only_model_is_taken_with_its_context(suffix):
+    served, url = ask(body=models("llama", max_model_len=4096), suffix=suffix)
+    assert (served.model, served.max_model_len, served.base_url) == ("llama", 4096, url)
+
+
+def test_a_named_model_is_taken_among_several_and_its_context_may_be_unknown():
+    served, _ = ask("b", body=models("a", "b"))
+    assert (served.model, served.max_model_len) == ("b", None)
+
+
+@pytest.mark.parametrize(
+    ("model", "answer", "message"),
+    [
+        (None, {"body": models("a", "b")}, "serves several models; choose with --model: a, b"),
+        ("c", {"body": models("a", "b")}, "has no model 'c'; choose with --model: a, b"),
+        (None, {"body": models()}, "it lists none"),
+        (None, {"body": b"<html>hello</html>"}, "answers no list of models; is this an OpenAI-compatible server?"),
+        (None, {"body": b"[1, 2]"}, "answers no list of models"),
+        (None, {"body": b'{"data": [{"name": "a"}]}'}, "answers no list of models"),
+        (None, {"body": b"\xff\xfe"}, "answers no list of models"),
+        (None, {"status": 401}, "/v1/models answers HTTP 401"),
+        (None, {"path": "/other"}, "/v1/models answers HTTP 404; is this an OpenAI-compatible server?"),
+    ],
+)
+def test_a_server_that_cannot_be_used_is_one_clear_line(model, answer, message):
+    with pytest.raises(ReplayError) as caught:
+        ask(model, **answer)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:{port}", "http://no.such.host.invalid:8000", "http://", "http://a:b:c"])
+def test_an_unreachable_server_is_one_clear_line(url):
+    url = url.format(port=free_port())
+
+    async def main():
+        async with AttachedEngine(url, None, 5.0) as engine:
+            await engine.ready()
+
+    with pytest.raises(ReplayError, match=r"cannot be reached \(.+\); is the server running, and is this its address\?"):
+        asyncio.run(main())
+
+
+def test_something_that_is_no_http_server_is_one_clear_line():
+    async def main():
+        async def greet(reader, writer):
+            writer.write(b"220 mail ready\r\n")
+            await reader.read(100)
+            writer.close()
+
+        server = await asyncio.start_server(greet, "127.0.0.1", 0)
+        async with server:
+            url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+            async with AttachedEngine(url, None, 5.0) as engine:
+                await engine.ready()
+
+    with pytest.raises(ReplayError, match="cannot be reached"):
+        asyncio.run(main())
+
+
+def test_a_port_that_is_taken_is_refused_before_anything_is_started():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ReplayError, match=f"--port {port}: Address already in use; choose another"):
+            check_port(port)
+    with pytest.raises(ReplayError, match="--port 99999: "):
+        check_port(99999)
+    check_port(free_port())
+
+
+@pytest.fixture
+def vllm(vllm_package, tmp_path, monkeypatch):
+    """A launched fake vLLM: what `ready` gave, its last words are in the log."""
+    monkeypatch.setenv("PYTHONPATH", str(vllm_package))
+    monkeypatch.setenv("FAKE_VLLM_LOG", str(tmp_path / "started.json"))
+
+    def launch(mode="", timeout_s=30.0, python=None, uuids=("GPU-a", "GPU-b"), arguments=("--max-model-len=4096",)):
+        monkeypatch.setenv("FAKE_VLLM_MODE", mode)
+
+        async def main():
+            engine = VllmEngine(
+                "org/model", 2, uuids, free_port(), python, arguments, tmp_path / "log", timeout_s, quiet
+            )
+            async with engine:
+                served = await engine.ready()
+                assert engine.alive()
+            assert not engine.alive()
+            return served
+
+        return asyncio.run(main())
+
+    return launch
+
+
+def test_vllm_is_launched_on_the_chosen_gpus_with_its_arguments(vllm, tmp_path):
+    served = vllm()
+    started = json.loads((tmp_path / "started.json").read_text())
+    port = served.base_url.rpartition(":")[2]
+    assert started["argv"] == [
+        "serve", "org/model", "--host", "127.0.0.1", "--port", port, "--tensor-parallel-size", "2",
+        "--enable-request-id-headers", "--max-model-len=4096",
+    ]  # fmt: skip
+    assert started["env"] == {"CUDA_VISIBLE_DEVICES": "GPU-a,GPU-b", "VLLM_NO_USAGE_STATS": "1"}
+    assert (served.model, served.max_model_len) == ("org/model", 4096)
+
+
+def test_vllm_that_dies_while_starting_is_quoted(vllm):
+    with pytest.raises(
+        ReplayError, match="^vLLM ended while starting; its last words: RuntimeError: CUDA out of memory$"
+    ):
+        vllm("die")
+
+
+def test_vllm_that_is_never_ready_is_ended(vllm, processes, tmp_path):
+    with pytest.raises(ReplayError, match=r"vLLM was not ready within 0.5 s \(--ready-check-timeout-sec\)"):
+        vllm("slow", timeout_s=0.5, arguments=(f"--download-dir={tmp_path}",))
+    assert processes(tmp_path) == []
+
+
+def test_a_python_that_is_not_there_is_quoted(vllm):
+    with pytest.raises(ReplayError, match="vLLM ended while starting; its last words: .*No such file.*/no/python"):
+        vllm(python="/no/python")
+
+
+@pytest.fixture
+def as_typed(driver, vllm_package, make_trace, tmp_path):
+    """`replay run trace.parquet ...` on a machine with two GPUs, a driver and vLLM."""
+    make_trace(tmp_path / "trace.parquet", [(i * 20, 30, 3) for i in range(10)])
+
+    def run(*arguments, mode="", gpu_mode=""):
+        env = driver(gpu_mode) | {
+            "PYTHONPATH": str(vllm_package), "FAKE_VLLM_MODE": mode, "FAKE_VLLM_LOG": str(tmp_path / "started.json")
+        }  # fmt: skip
+        argv = [sys.executable, "-m", "replay.cli", "run", "trace.parquet", *arguments]
+        return subprocess.run(argv, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+
+    return run
+
+
+def test_a_run_as_typed_takes_gpu_and_vllm_where_they_are(as_typed, tmp_path):
+    done = as_typed("--tp", "2", "--freq", "1200", "--idle", "1s")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.startswith("engine: vllm (GPU and vLLM found)\n")
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert folder.name.startswith("trace-vllm-tp2-1200MHz-")
+    assert f"wrote runs/{folder.name}" in done.stdout
+    manifest = Run.open(folder).manifest
+    assert (manifest["engine"], manifest["state"], manifest["instances"][0]["model"]) == ("vllm", "complete", "Qwen/Qwen3-8B")
+    assert manifest["requests"] == {"planned": 10, "sent": 10, "ended": 10}
+    started = json.loads((tmp_path / "started.json").read_text())
+    assert started["env"]["CUDA_VISIBLE_DEVICES"] == "GPU-fake-0,GPU-fake-1"
+    assert sorted((tmp_path / "clocks.log").read_text().splitlines()) == ["0 0", "0 1200", "1 0", "1 1200"]
+
+
+def test_vllm_that_fails_leaves_its_log_and_the_clocks_free(as_typed, tmp_path):
+    done = as_typed("--freq", "1200", "-o", "run", mode="die")
+    error = done.stderr.splitlines()[-1]
+    assert done.returncode == 2
+    assert error == (
+        "error: vLLM ended while starting; its last words: RuntimeError: CUDA out of memory; "
+        "the whole log is in run.server.log"
+    )
+    assert "Loading weights" in (tmp_path / "run.server.log").read_text()
+    assert not (tmp_path / "run").exists()
+    assert (tmp_path / "clocks.log").read_text() == "0 1200\n0 0\n"
+
+
+def test_no_permission_is_said_before_vllm_is_launched(as_typed, tmp_path):
+    done = as_typed("--freq", "1200", "-o", "run", gpu_mode="denied")
+    assert done.returncode == 2
+    assert "needs root or CAP_SYS_ADMIN" in done.stderr.splitlines()[-1]
+    assert not (tmp_path / "started.json").exists()
+    assert not (tmp_path / "run").exists()

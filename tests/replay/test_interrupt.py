@@ -1,0 +1,137 @@
+"""A run that is cut short, in every way: what was measured stays, and nothing stays behind."""
+
+import os
+import signal
+
+import polars as pl
+import pytest
+
+from analysis.energy import attribute
+from replay.rundir import Run, has_table
+from tracegen.errors import RunError
+
+SHORT, LONG = (0, 50, 3), (0, 200, 9000)
+
+
+@pytest.fixture
+def started(command, make_trace, tmp_path, until):
+    """A run on the simulated engine in the middle of its work: short requests have ended, long ones are in flight."""
+    rows = [*[(i * 100, 50, 3) for i in range(8)], *[(800 + i, 200, 9000) for i in range(4)], (600_000, 10, 1)]
+    trace = make_trace(tmp_path / "trace.parquet", rows)
+    run_dir = tmp_path / "run"
+    process = command("run", trace, "--engine", "sim", "--tp", "8", "--freq", "1200", "--idle", "1s", "-o", run_dir)
+
+    def under_way():
+        assert process.poll() is None, process.stderr.read()
+        return has_table(run_dir, "requests") and has_table(run_dir, "steps") and long_ones_run()
+
+    def long_ones_run():
+        try:
+            metrics = Run.open(run_dir).scan("server_metrics").collect()
+        except RunError:
+            return False
+        running = metrics.filter(pl.col("name").str.ends_with("num_requests_running"))["value"]
+        return not running.is_empty() and running[-1] == 4
+
+    until(under_way)
+    return process, run_dir
+
+
+def statuses(run):
+    return dict(run.scan("requests").collect()["status"].value_counts().iter_rows())
+
+
+def test_ctrl_c_writes_the_run_in_order(started, processes):
+    process, run_dir = started
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in err
+    assert "SIMULATED  interrupted: 8 of 13 requests ok" in out
+    run = Run.open(run_dir)
+    assert run.manifest["state"] == "interrupted"
+    assert statuses(run) == {"ok": 8, "aborted": 4}
+    aborted = run.scan("requests").filter(pl.col("status") == "aborted").collect()
+    assert aborted["done_ns"].null_count() == 4
+    assert aborted["first_token_ns"].null_count() == 0
+    assert aborted["output_tokens"].min() > 0
+    assert run.manifest["requests"] == {"planned": 13, "sent": 12, "ended": 12}
+    answered = next(v for v in run.manifest["verdicts"] if v["name"] == "all_answered")
+    assert answered["why"] == "8 of 13 requests ok: 4 aborted, 1 not sent"
+    assert processes(run_dir) == []
+    summary = attribute(run).summary
+    total_j = sum(summary[key] for key in ("attributed_j", "idle_j", "other_j"))
+    assert total_j == pytest.approx(summary["measured_j"], rel=1e-9)
+
+
+def test_a_second_ctrl_c_ends_at_once_and_leaves_no_process(started, processes, until):
+    process, run_dir = started
+    assert processes(run_dir), "engine, sampler and clock holder carry the directory's name"
+    process.send_signal(signal.SIGINT)
+    until(lambda: Run.open(run_dir).manifest["state"] != "running" or process.poll() is not None)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=60)
+    assert process.returncode == 130
+    # The holder restores the clocks before it ends (test_clocks.py); the board goes with the run.
+    until(lambda: not processes(run_dir))
+    assert Run.open(run_dir).manifest["state"] == "interrupted"
+    assert Run.open(run_dir).scan("requests").collect().height >= 8
+
+
+def test_sigkill_leaves_a_readable_run_and_no_process(started, processes, until):
+    process, run_dir = started
+    process.kill()
+    process.communicate(timeout=60)
+    until(lambda: not processes(run_dir))
+    run = Run.open(run_dir)
+    assert run.manifest["state"] == "running"
+    assert (run_dir / "requests.parquet").is_dir(), "still in parts"
+    assert statuses(run) == {"ok": 8}
+    for table in ("steps", "segments", "power", "server_metrics", "trace"):
+        assert run.scan(table).collect().height > 0
+    known = run.scan("segments").collect()["request_id"].unique().to_list()
+    assert set(known) >= set(run.scan("requests").collect()["request_id"])
+
+
+def test_an_engine_that_dies_fails_the_run_and_keeps_it(started, processes):
+    process, run_dir = started
+    with_engine = [pid for pid in processes(run_dir) if b"replay.sim.server" in open(f"/proc/{pid}/cmdline", "rb").read()]
+    (engine,) = [pid for pid in with_engine if b"replay.leash" not in open(f"/proc/{pid}/cmdline", "rb").read()]
+    os.kill(engine, signal.SIGKILL)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 1, err
+    assert "Traceback" not in err
+    run = Run.open(run_dir)
+    assert run.manifest["state"] == "failed"
+    assert statuses(run) == {"ok": 8, "stream_error": 4}
+    assert not run.has("truth"), "the engine's last steps are lost, so what they cost is not known"
+    assert "failed: 8 of 13 requests ok" in out
+    assert "NOT TO BE TRUSTED" in out
+    assert processes(run_dir) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_starting_leaves_nothing(command, make_trace, tmp_path, until, processes, number):
+    trace = make_trace(tmp_path / "trace.parquet", [SHORT])
+    run_dir = tmp_path / "run"
+    process = command("run", trace, "--engine", "sim", "--tp", "8", "--freq", "1200", "--idle", "30s", "-o", run_dir)
+    until(lambda: (run_dir / "server.log").exists())
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert err.splitlines()[-1] == "interrupted"
+    assert "Traceback" not in err
+    assert not run_dir.exists()
+    assert processes(run_dir) == []
+
+
+def test_a_signal_while_the_sampler_starts_leaves_nothing(command, make_trace, tmp_path, until, processes):
+    trace = make_trace(tmp_path / "trace.parquet", [SHORT])
+    run_dir = tmp_path / "run"
+    process = command("run", trace, "--engine", "sim", "--tp", "8", "-o", run_dir)
+    until(lambda: processes(run_dir / ".board"))
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert (process.returncode, err.splitlines()[-1]) == (130, "interrupted")
+    until(lambda: not processes(run_dir / ".board"))
+    assert not run_dir.exists()
