@@ -10,25 +10,20 @@ import contextlib
 import gc
 import math
 import os
-import platform
 import shutil
 import signal
-import socket
-import sys
-import time
 from collections import deque
 from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import asdict, dataclass, field
 from hashlib import blake2b
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 import polars as pl
-from asyncio_throttle import Throttler  # type: ignore[attr-defined]  # exported without saying so
 
+from replay.caps import Caps
 from replay.client import CompletionsClient, Record
 from replay.clock import NS_PER_S, now_ns
 from replay.dispatch import StallMeter, dispatch
@@ -44,6 +39,7 @@ from replay.gpu.clocks import ClockLock, nearest_clock
 from replay.gpu.sampler import Sampler
 from replay.gpu.sim import SimBoard
 from replay.live import Progress, Snapshot
+from replay.manifest import anchor, first_manifest, host
 from replay.metrics import scrape
 from replay.plan import Plan, RunOptions, fit_lengths, make_plan
 from replay.prompts import completion_body, prompt_ids
@@ -51,7 +47,7 @@ from replay.records import RecordStore
 from replay.rundir import scan_table, write_manifest
 from replay.sim.hardware import Hardware, load_profile
 from tracegen.errors import GpuError, ReplayError, WattraceError
-from tracegen.schema import file_sha256, read_metadata, write_trace
+from tracegen.schema import read_metadata, write_trace
 
 _LEAD_NS = NS_PER_S // 2  # between the decision to start and the first scheduled time
 _SETTLE_NS = NS_PER_S // 2  # between the last work and the idle baseline
@@ -85,7 +81,7 @@ async def run(options: RunOptions, progress: Progress) -> Path:
     """
     plan = make_plan(options)
     run_id = os.urandom(8).hex()
-    state = _State(manifest=_first_manifest(plan, run_id), trace=plan.trace)
+    state = _State(manifest=first_manifest(plan, run_id), trace=plan.trace)
     state.cancel = asyncio.current_task()
     if plan.engine == "sim":
         progress.say(f"SIMULATED: {plan.why_engine}; power, step times and GPUs come from profile {options.profile}")
@@ -97,7 +93,7 @@ async def run(options: RunOptions, progress: Progress) -> Path:
         raise ReplayError(f"{plan.run_dir}: cannot be made ({error.strerror}); give another -o") from None
     started = False
     try:
-        with _signals(state):
+        with _signals(state, progress):
             async with AsyncExitStack() as stack:
                 engine, served, sampler = await _prepare(plan, state, stack, progress)
                 started = True
@@ -125,7 +121,7 @@ def _clear(plan: Plan, error: BaseException) -> None:
 
 
 @contextlib.contextmanager
-def _signals(state: _State) -> Any:
+def _signals(state: _State, progress: Progress) -> Any:
     """The first Ctrl-C (or SIGTERM) ends the run in order; the second at once.
 
     At once is safe: every child ends, and the clocks are given back, when our end of its pipe closes.
@@ -134,6 +130,7 @@ def _signals(state: _State) -> Any:
 
     def on_signal() -> None:
         if state.interrupted:
+            progress.__exit__(None, None, None)  # the terminal gets its cursor back
             os._exit(_EXIT_INTERRUPTED)
         state.interrupted = True
         if state.cancel is not None:
@@ -173,7 +170,7 @@ async def _prepare(
         if state.locked_mhz is not None:
             await stack.enter_async_context(ClockLock(state.gpu_spec, plan.gpus, state.locked_mhz))
         indices = [entry["gpu"] for entry in state.manifest["gpus"]]
-        sampler = await stack.enter_async_context(Sampler(state.gpu_spec, indices, run_dir, _host()))
+        sampler = await stack.enter_async_context(Sampler(state.gpu_spec, indices, run_dir, host()))
     engine = await stack.enter_async_context(_make_engine(plan, hardware, port, uuids, progress))
     served = await engine.ready()
     _take_served(plan, state, served, progress)
@@ -191,7 +188,7 @@ def _describe_gpus(plan: Plan, state: _State, gpus: Gpus, progress: Progress) ->
             raise GpuError(f"GPU {gpu} does not exist: this host has {len(devices)} (--tp {plan.tp}, --gpus)")
     state.manifest["gpus"] = [
         {
-            "host": _host(),
+            "host": host(),
             "gpu": device.gpu,
             "uuid": device.uuid,
             "name": device.name,
@@ -264,7 +261,7 @@ async def _measure(
     store = RecordStore(plan.run_dir, save_chunks=options.save_chunks)
     epoch_ns = now_ns() + _LEAD_NS
     state.manifest |= {"state": "running", "measure_start_ns": epoch_ns}
-    state.manifest["clock_anchors"].append(_anchor())
+    state.manifest["clock_anchors"].append(anchor())
     write_manifest(plan.run_dir, state.manifest)
     stalls = StallMeter()
     # Connections are the load's business: no limit, and no DNS or keep-alive surprises in the middle.
@@ -292,7 +289,7 @@ async def _measure(
         "measure_end_ns": now_ns(),
         "requests": {"planned": state.trace.height, "sent": store.sent, "ended": store.ended},
     }
-    state.manifest["clock_anchors"].append(_anchor())
+    state.manifest["clock_anchors"].append(anchor())
     write_manifest(plan.run_dir, state.manifest)
     state.cancel = None
     if sampler is not None and sampler.alive:
@@ -310,7 +307,7 @@ async def _send_all(
     options, rows = plan.options, state.trace.rows(named=True)
     scheduled_ns = [epoch_ns + row["arrival_ns"] for row in rows]
     salt = int.from_bytes(blake2b(state.manifest["run_id"].encode(), digest_size=8).digest())
-    gate = _Gate(options.max_concurrency, options.max_rate_rps)
+    caps = Caps(options.max_concurrency, options.max_rate_rps)
 
     def prepare(i: int) -> bytes:
         row = rows[i]
@@ -324,34 +321,12 @@ async def _send_all(
         record = Record(row["request_id"], 0, scheduled_ns[i], row["output_tokens"])
         store.start(record)
         try:
-            async with gate.open():
+            async with caps.open():
                 await client.send(record, body)
         finally:
             store.end(record)
 
     await dispatch(scheduled_ns, prepare, send)
-
-
-class _Gate:
-    """The opt-in caps; they act after the scheduled time, so what they hold back shows as lag."""
-
-    def __init__(self, max_concurrency: int | None, max_rate_rps: float | None) -> None:
-        self._slots = asyncio.Semaphore(max_concurrency or sys.maxsize)
-        # The throttler's waiters poll and are not first-come first-served; a lock lets one wait at a time.
-        self._turn = asyncio.Lock()
-        self._throttler = None
-        if max_rate_rps is not None:
-            requests = math.ceil(max_rate_rps)  # the throttler counts whole requests; the period makes it exact
-            self._throttler = Throttler(requests, requests / max_rate_rps)
-
-    @asynccontextmanager
-    async def open(self) -> AsyncIterator[None]:
-        """Wait for the turn, and hold a slot for as long as this context lasts."""
-        async with self._slots:
-            if self._throttler is not None:
-                async with self._turn, self._throttler:
-                    pass
-            yield
 
 
 @contextlib.contextmanager
@@ -431,55 +406,3 @@ async def _show(state: _State, store: RecordStore, sampler: Sampler | None, epoc
 
 def _percentile(values: list[int], q: float) -> float | None:
     return float(sorted(values)[min(len(values) - 1, int(q * len(values)))]) if values else None
-
-
-def _first_manifest(plan: Plan, run_id: str) -> dict[str, Any]:
-    """What is known before anything is started."""
-    options = plan.options
-    return {
-        "state": "starting",
-        "run_id": run_id,
-        "engine": {"sim": "simulated", "vllm": "vllm", "url": "attached"}[plan.engine],
-        "simulated_profile": options.profile if plan.engine == "sim" else None,
-        "instances": [
-            {
-                "instance": 0,
-                "host": _host(),
-                "gpus": list(plan.gpus),
-                "tp": plan.tp,
-                "freq_mhz": None,
-                "freq_asked_mhz": options.freq_mhz,
-                "power_cap_w": None,
-                "model": plan.model,
-                "max_model_len": None,
-            }
-        ],
-        "gpus": [],
-        "hosts": [{"host": _host(), "offset_ns": 0, "offset_error_ns": 0}],
-        "workers": [{"worker": 0, "host": _host()}],
-        "clock_anchors": [_anchor()],
-        "trace_sha256": file_sha256(options.trace),
-        "arguments": {key: str(value) if isinstance(value, Path) else value for key, value in asdict(options).items()},
-        "seed": options.seed,
-        "metadata": options.metadata,
-        "versions": _versions(),
-        "verdicts": [],
-    }
-
-
-def _versions() -> dict[str, str]:
-    """The versions that a figure may depend on."""
-    found = {"python": platform.python_version(), "platform": platform.platform()}
-    for package in ("wattrace", "polars", "pyarrow", "numpy", "aiohttp", "uvloop", "nvidia-ml-py", "vllm"):
-        with contextlib.suppress(PackageNotFoundError):
-            found[package] = version(package)
-    return found
-
-
-def _anchor() -> dict[str, int]:
-    """One instant on both clocks: the only place where wall time is kept."""
-    return {"monotonic_ns": now_ns(), "unix_ns": time.time_ns()}
-
-
-def _host() -> str:
-    return socket.gethostname()

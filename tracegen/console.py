@@ -46,6 +46,8 @@ def run_app(app: typer.Typer) -> None:
         # The reader (head, less) has gone; point stdout elsewhere so that Python's exit does not complain.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
+    if code == EXIT_INTERRUPTED:  # what Typer makes of Ctrl-C
+        note("interrupted")
     sys.exit(code if isinstance(code, int) else 0)
 
 

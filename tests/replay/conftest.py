@@ -68,8 +68,8 @@ def command(tmp_path):
     def start(*arguments, env=None, **popen):
         argv = [sys.executable, "-m", "replay.cli", *map(str, arguments)]
         process = subprocess.Popen(
-            argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path,
-            env={**os.environ, **(env or {})}, start_new_session=True, **popen,
+            argv, stdout=subprocess.PIPE, text=True, cwd=tmp_path, env={**os.environ, **(env or {})},
+            start_new_session=True, **{"stderr": subprocess.PIPE, **popen},
         )  # fmt: skip
         started.append(process)
         return process

@@ -46,9 +46,7 @@ class Handler(BaseHTTPRequestHandler):
 
 def main():
     if os.environ.get("FAKE_VLLM_MODE") == "die":
-        print("Loading weights")
-        print("RuntimeError: CUDA out of memory")
-        print("[rank0] shutting down")
+        sys.stdout.write("Loading weights\nRuntimeError: CUDA out of memory\n[rank0] shutting down\n")
         sys.exit(1)
     if log := os.environ.get("FAKE_VLLM_LOG"):
         kept = {name: os.environ.get(name) for name in ("CUDA_VISIBLE_DEVICES", "VLLM_NO_USAGE_STATS")}

@@ -80,7 +80,9 @@ def test_a_server_that_cannot_be_used_is_one_clear_line(model, answer, message):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("url", ["http://127.0.0.1:{port}", "http://no.such.host.invalid:8000", "http://", "http://a:b:c"])
+@pytest.mark.parametrize(
+    "url", ["http://127.0.0.1:{port}", "http://no.such.host.invalid:8000", "http://", "http://a:b:c"]
+)
 def test_an_unreachable_server_is_one_clear_line(url):
     url = url.format(port=free_port())
 
@@ -88,7 +90,9 @@ def test_an_unreachable_server_is_one_clear_line(url):
         async with AttachedEngine(url, None, 5.0) as engine:
             await engine.ready()
 
-    with pytest.raises(ReplayError, match=r"cannot be reached \(.+\); is the server running, and is this its address\?"):
+    with pytest.raises(
+        ReplayError, match=r"cannot be reached \(.+\); is the server running, and is this its address\?"
+    ):
         asyncio.run(main())
 
 
@@ -157,7 +161,7 @@ def test_vllm_is_launched_on_the_chosen_gpus_with_its_arguments(vllm, tmp_path):
 
 def test_vllm_that_dies_while_starting_is_quoted(vllm):
     with pytest.raises(
-        ReplayError, match="^vLLM ended while starting; its last words: RuntimeError: CUDA out of memory$"
+        ReplayError, match=r"^vLLM ended while starting; its last words: RuntimeError: CUDA out of memory$"
     ):
         vllm("die")
 
@@ -169,7 +173,7 @@ def test_vllm_that_is_never_ready_is_ended(vllm, processes, tmp_path):
 
 
 def test_a_python_that_is_not_there_is_quoted(vllm):
-    with pytest.raises(ReplayError, match="vLLM ended while starting; its last words: .*No such file.*/no/python"):
+    with pytest.raises(ReplayError, match=r"vLLM ended while starting; its last words: .*No such file.*/no/python"):
         vllm(python="/no/python")
 
 
@@ -189,14 +193,18 @@ def as_typed(driver, vllm_package, make_trace, tmp_path):
 
 
 def test_a_run_as_typed_takes_gpu_and_vllm_where_they_are(as_typed, tmp_path):
-    done = as_typed("--tp", "2", "--freq", "1200", "--idle", "1s")
+    done = as_typed("--tp", "2", "--freq", "1200", "--idle", "700ms")
     assert done.returncode == 0, done.stderr
     assert done.stderr.startswith("engine: vllm (GPU and vLLM found)\n")
     (folder,) = (tmp_path / "runs").iterdir()
     assert folder.name.startswith("trace-vllm-tp2-1200MHz-")
     assert f"wrote runs/{folder.name}" in done.stdout
     manifest = Run.open(folder).manifest
-    assert (manifest["engine"], manifest["state"], manifest["instances"][0]["model"]) == ("vllm", "complete", "Qwen/Qwen3-8B")
+    assert (manifest["engine"], manifest["state"], manifest["instances"][0]["model"]) == (
+        "vllm",
+        "complete",
+        "Qwen/Qwen3-8B",
+    )
     assert manifest["requests"] == {"planned": 10, "sent": 10, "ended": 10}
     started = json.loads((tmp_path / "started.json").read_text())
     assert started["env"]["CUDA_VISIBLE_DEVICES"] == "GPU-fake-0,GPU-fake-1"

@@ -1,48 +1,61 @@
 """A run that is cut short, in every way: what was measured stays, and nothing stays behind."""
 
+import contextlib
 import os
 import signal
+from pathlib import Path
 
 import polars as pl
 import pytest
 
 from analysis.energy import attribute
 from replay.rundir import Run, has_table
-from tracegen.errors import RunError
 
 SHORT, LONG = (0, 50, 3), (0, 200, 9000)
 
 
 @pytest.fixture
-def started(command, make_trace, tmp_path, until):
-    """A run on the simulated engine in the middle of its work: short requests have ended, long ones are in flight."""
+def start(command, make_trace, tmp_path, until):
+    """Start a run on the simulated engine; it is given in the middle: eight requests have ended, four are in flight."""
     rows = [*[(i * 100, 50, 3) for i in range(8)], *[(800 + i, 200, 9000) for i in range(4)], (600_000, 10, 1)]
     trace = make_trace(tmp_path / "trace.parquet", rows)
     run_dir = tmp_path / "run"
-    process = command("run", trace, "--engine", "sim", "--tp", "8", "--freq", "1200", "--idle", "1s", "-o", run_dir)
 
-    def under_way():
-        assert process.poll() is None, process.stderr.read()
-        return has_table(run_dir, "requests") and has_table(run_dir, "steps") and long_ones_run()
+    def start(**popen):
+        options = ("--engine", "sim", "--tp", "8", "--freq", "1200", "--idle", "700ms", "-o", run_dir)
+        process = command("run", trace, *options, **popen)
+        until(lambda: process.poll() is not None or under_way(run_dir))
+        assert process.poll() is None
+        return process, run_dir
 
-    def long_ones_run():
-        try:
-            metrics = Run.open(run_dir).scan("server_metrics").collect()
-        except RunError:
-            return False
-        running = metrics.filter(pl.col("name").str.ends_with("num_requests_running"))["value"]
-        return not running.is_empty() and running[-1] == 4
+    return start
 
-    until(under_way)
-    return process, run_dir
+
+def under_way(run_dir):
+    """Whether the short requests are on record and the engine says that it runs the four long ones."""
+    if not (has_table(run_dir, "requests") and has_table(run_dir, "server_metrics")):
+        return False
+    metrics = Run.open(run_dir).scan("server_metrics").collect()
+    running = metrics.filter(pl.col("name").str.ends_with("num_requests_running"))["value"]
+    return not running.is_empty() and running[-1] == 4
+
+
+def read_all(terminal):
+    """All that was written to a terminal, until the last writer has gone."""
+    shown = b""
+    with contextlib.suppress(OSError):  # Linux tells the end of a terminal by an error
+        while data := os.read(terminal, 65536):
+            shown += data
+    os.close(terminal)
+    return shown.decode()
 
 
 def statuses(run):
     return dict(run.scan("requests").collect()["status"].value_counts().iter_rows())
 
 
-def test_ctrl_c_writes_the_run_in_order(started, processes):
-    process, run_dir = started
+def test_ctrl_c_writes_the_run_in_order(start, processes):
+    process, run_dir = start()
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130
@@ -64,22 +77,26 @@ def test_ctrl_c_writes_the_run_in_order(started, processes):
     assert total_j == pytest.approx(summary["measured_j"], rel=1e-9)
 
 
-def test_a_second_ctrl_c_ends_at_once_and_leaves_no_process(started, processes, until):
-    process, run_dir = started
+def test_a_second_ctrl_c_ends_at_once_and_leaves_no_process(start, processes, until):
+    terminal, stderr = os.openpty()
+    process, run_dir = start(stderr=stderr)
+    os.close(stderr)
     assert processes(run_dir), "engine, sampler and clock holder carry the directory's name"
     process.send_signal(signal.SIGINT)
     until(lambda: Run.open(run_dir).manifest["state"] != "running" or process.poll() is not None)
     process.send_signal(signal.SIGINT)
+    shown = read_all(terminal)
     process.communicate(timeout=60)
     assert process.returncode == 130
+    assert shown.rindex("\x1b[?25h") > shown.rindex("\x1b[?25l"), "the cursor is shown again"
     # The holder restores the clocks before it ends (test_clocks.py); the board goes with the run.
     until(lambda: not processes(run_dir))
     assert Run.open(run_dir).manifest["state"] == "interrupted"
     assert Run.open(run_dir).scan("requests").collect().height >= 8
 
 
-def test_sigkill_leaves_a_readable_run_and_no_process(started, processes, until):
-    process, run_dir = started
+def test_sigkill_leaves_a_readable_run_and_no_process(start, processes, until):
+    process, run_dir = start()
     process.kill()
     process.communicate(timeout=60)
     until(lambda: not processes(run_dir))
@@ -93,10 +110,10 @@ def test_sigkill_leaves_a_readable_run_and_no_process(started, processes, until)
     assert set(known) >= set(run.scan("requests").collect()["request_id"])
 
 
-def test_an_engine_that_dies_fails_the_run_and_keeps_it(started, processes):
-    process, run_dir = started
-    with_engine = [pid for pid in processes(run_dir) if b"replay.sim.server" in open(f"/proc/{pid}/cmdline", "rb").read()]
-    (engine,) = [pid for pid in with_engine if b"replay.leash" not in open(f"/proc/{pid}/cmdline", "rb").read()]
+def test_an_engine_that_dies_fails_the_run_and_keeps_it(start, processes):
+    process, run_dir = start()
+    words = {pid: Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0") for pid in processes(run_dir)}
+    (engine,) = [pid for pid, argv in words.items() if b"replay.sim.server" in argv and b"replay.leash" not in argv]
     os.kill(engine, signal.SIGKILL)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 1, err
@@ -115,7 +132,7 @@ def test_a_signal_while_starting_leaves_nothing(command, make_trace, tmp_path, u
     trace = make_trace(tmp_path / "trace.parquet", [SHORT])
     run_dir = tmp_path / "run"
     process = command("run", trace, "--engine", "sim", "--tp", "8", "--freq", "1200", "--idle", "30s", "-o", run_dir)
-    until(lambda: (run_dir / "server.log").exists())
+    until((run_dir / "server.log").exists)
     process.send_signal(number)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130

@@ -148,7 +148,10 @@ def test_duration_and_num_prompts_cut_the_trace(trace):
 
 def lengths(pairs):
     ids = pl.Series("request_id", range(len(pairs)), dtype=pl.UInt64)
-    columns = [pl.Series(name, [p[i] for p in pairs], dtype=pl.UInt32) for i, name in enumerate(("input_tokens", "output_tokens"))]
+    columns = [
+        pl.Series(name, [p[i] for p in pairs], dtype=pl.UInt32)
+        for i, name in enumerate(("input_tokens", "output_tokens"))
+    ]
     return pl.DataFrame([ids, *columns])
 
 

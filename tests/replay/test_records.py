@@ -24,7 +24,16 @@ def test_a_frame_has_the_tables_columns_and_nulls_where_nothing_was_reached(save
     assert frame.schema == pl.Schema({**REQUESTS, **(REQUESTS_OPTIONAL if save_chunks else {})})
     assert frame["request_id"].to_list() == [7, 2**64 - 1]
     last = frame.row(1, named=True)
-    reached = {"request_id", "instance", "scheduled_ns", "output_tokens_wanted", "status", "worker", "chunk_ns", "chunk_tokens"}
+    reached = {
+        "request_id",
+        "instance",
+        "scheduled_ns",
+        "output_tokens_wanted",
+        "status",
+        "worker",
+        "chunk_ns",
+        "chunk_tokens",
+    }
     assert {name for name, value in last.items() if value is not None} == reached & set(frame.columns)
     assert last["status"] == "aborted"
 

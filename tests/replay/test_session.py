@@ -3,17 +3,19 @@
 import asyncio
 import json
 import re
+from itertools import pairwise
 
 import polars as pl
 import pytest
 
 from analysis.energy import attribute
 from analysis.evaluate import evaluate
+from replay.caps import Caps
 from replay.client import CompletionsClient
 from replay.live import QuietProgress
 from replay.plan import RunOptions
 from replay.rundir import STATUSES, TABLES, Run
-from replay.session import _Gate, run
+from replay.session import run
 from replay.summary import lines, summarize
 from tracegen.errors import ReplayError
 from tracegen.schema import file_sha256, read_trace
@@ -79,7 +81,7 @@ def test_the_trace_that_was_replayed_is_kept(simulated):
 def test_each_requests_times_are_in_order_and_follow_the_trace(simulated, requests):
     times = ["scheduled_ns", "sent_ns", "headers_ns", "first_token_ns", "last_token_ns", "done_ns"]
     assert requests.select(times).null_count().sum_horizontal().item() == 0
-    for before, after in zip(times, times[1:], strict=False):
+    for before, after in pairwise(times):
         assert (requests[before] <= requests[after]).all(), f"{before} <= {after}"
     trace = simulated.scan("trace").collect()
     joined = requests.join(trace, on="request_id", suffix="_asked")
@@ -205,7 +207,7 @@ def test_a_cap_closes_the_loop_and_says_so(make_trace, replay, tmp_path, sim_ser
 
 @pytest.mark.parametrize("rate", [0.25, 1.0, 1.5, 2.5, 40.0])
 def test_the_cap_on_the_rate_is_exact(rate):
-    throttler = _Gate(None, rate)._throttler
+    throttler = Caps(None, rate)._throttler
     assert throttler.rate_limit / throttler.period == pytest.approx(rate)
     assert throttler.period >= 1 or rate > 1
 

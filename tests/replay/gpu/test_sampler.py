@@ -96,14 +96,15 @@ def make_board(tmp_path):
         board.close()
 
 
-def sample(spec, run_dir, condition):
-    """Sample GPUs 0 and 1 until `condition(sampler)` holds; the sampler and the table."""
+def sample(spec, run_dir, *, at_least_ms=0, until=lambda status: True):
+    """Sample GPUs 0 and 1 for `at_least_ms` and until `until(status)` holds; the last status and the table."""
 
     async def main():
         async with Sampler(spec, [0, 1], run_dir, "here") as sampler:
             assert sampler.alive
+            enough_ns = sampler.status.t_ns + at_least_ms * MS
             for _ in range(1000):
-                if condition(sampler):
+                if sampler.status.t_ns >= enough_ns and until(sampler.status):
                     break
                 await asyncio.sleep(0.02)
             else:
@@ -116,10 +117,7 @@ def sample(spec, run_dir, condition):
 
 
 def test_every_reading_is_kept_and_dated_by_the_sensors_period(make_board, tmp_path):
-    start_ns = now_ns()
-    status, power = sample(
-        make_board(0.01), tmp_path / "run", lambda s: s.status.t_ns > start_ns + 2_000 * MS and s.status.written_ns
-    )
+    status, power = sample(make_board(0.01), tmp_path / "run", at_least_ms=1500)
     assert status.watts[0] == pytest.approx(200, rel=0.1)
     assert status.watts[1] == pytest.approx(300, rel=0.1)
     assert set(status.clocks_mhz.values()) == {1980}
@@ -139,17 +137,14 @@ def test_every_reading_is_kept_and_dated_by_the_sensors_period(make_board, tmp_p
 
 
 def test_a_sensor_that_never_changes_is_still_read(make_board, tmp_path):
-    start_ns = now_ns()
-    _, power = sample(make_board(0.0), tmp_path / "run", lambda s: s.status.t_ns > start_ns + 1_000 * MS)
+    _, power = sample(make_board(0.0), tmp_path / "run", at_least_ms=500)
     frame = power.filter(pl.col("gpu") == 1)
-    assert frame.height > 10
+    assert frame.height > 1
     assert frame["power_instant_mw"].unique().to_list() == [300_000]
 
 
 def test_what_was_read_since_the_last_flush_is_written_at_the_end(make_board, tmp_path):
-    status, power = sample(
-        make_board(0.01), tmp_path / "run", lambda s: 0 < s.status.written_ns < s.status.t_ns
-    )
+    status, power = sample(make_board(0.01), tmp_path / "run", until=lambda s: 0 < s.written_ns < s.t_ns)
     assert power["t_ns"].max() > status.written_ns
 
 
@@ -169,7 +164,7 @@ def test_written_until_returns_when_it_is_on_disk(make_board, tmp_path):
 
 def test_a_missing_board_is_an_error(tmp_path):
     with pytest.raises(GpuError, match="no simulated board"):
-        sample(f"sim:{tmp_path / 'none'}", tmp_path / "run", lambda s: True)
+        sample(f"sim:{tmp_path / 'none'}", tmp_path / "run")
     assert not has_table(tmp_path / "run", "power")
 
 

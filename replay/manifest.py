@@ -1,0 +1,67 @@
+"""The manifest's beginning: who, where, with what arguments and versions."""
+
+import contextlib
+import platform
+import socket
+import time
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from replay.clock import now_ns
+from replay.plan import Plan
+from tracegen.schema import file_sha256
+
+
+def first_manifest(plan: Plan, run_id: str) -> dict[str, Any]:
+    """What is known before anything is started."""
+    options = plan.options
+    return {
+        "state": "starting",
+        "run_id": run_id,
+        "engine": {"sim": "simulated", "vllm": "vllm", "url": "attached"}[plan.engine],
+        "simulated_profile": options.profile if plan.engine == "sim" else None,
+        "instances": [
+            {
+                "instance": 0,
+                "host": host(),
+                "gpus": list(plan.gpus),
+                "tp": plan.tp,
+                "freq_mhz": None,
+                "freq_asked_mhz": options.freq_mhz,
+                "power_cap_w": None,
+                "model": plan.model,
+                "max_model_len": None,
+            }
+        ],
+        "gpus": [],
+        "hosts": [{"host": host(), "offset_ns": 0, "offset_error_ns": 0}],
+        "workers": [{"worker": 0, "host": host()}],
+        "clock_anchors": [anchor()],
+        "trace_sha256": file_sha256(options.trace),
+        "arguments": {key: str(value) if isinstance(value, Path) else value for key, value in asdict(options).items()},
+        "seed": options.seed,
+        "metadata": options.metadata,
+        "versions": _versions(),
+        "verdicts": [],
+    }
+
+
+def _versions() -> dict[str, str]:
+    """The versions that a figure may depend on."""
+    found = {"python": platform.python_version(), "platform": platform.platform()}
+    for package in ("wattrace", "polars", "pyarrow", "numpy", "aiohttp", "uvloop", "nvidia-ml-py", "vllm"):
+        with contextlib.suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
+
+
+def anchor() -> dict[str, int]:
+    """One instant on both clocks: the only place where wall time is kept."""
+    return {"monotonic_ns": now_ns(), "unix_ns": time.time_ns()}
+
+
+def host() -> str:
+    """This host's name, as all tables and the manifest call it."""
+    return socket.gethostname()
