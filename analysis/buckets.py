@@ -5,7 +5,7 @@ from typing import Any
 
 import polars as pl
 
-from analysis.latency import has_chunks, token_gaps
+from analysis.latency import answered, has_chunks, token_gaps
 from analysis.requests import request_table
 from replay.rundir import Run
 from tracegen.buckets import BUCKETS
@@ -27,21 +27,26 @@ class Slo:
     tbt_ms: float = 100.0
 
     def met(self) -> pl.Expr:
-        """Whether a request of `request_table` met both; one that failed did not. A one-token answer has no TBT."""
+        """Whether a request of `request_table` met both; one that failed did not.
+
+        TBT is a request's mean (TPOT); a one-token answer has none.
+        """
         short, medium, long = self.ttft_ms
         size = pl.col("bucket").str.head(1)
         bound_ms = pl.when(size == "S").then(short).when(size == "M").then(medium).otherwise(long)
         in_time = (pl.col("ttft_ms") <= bound_ms) & (pl.col("tpot_ms").fill_null(0.0) <= self.tbt_ms)
-        return (pl.col("status") == "ok") & in_time.fill_null(value=False)
+        return answered() & in_time.fill_null(value=False)
 
 
 def bucket_table(run: Run, energy: pl.DataFrame | None, by: str = "bucket", slo: Slo | None = None) -> pl.DataFrame:
     """One row a group in order of size, then one for `all`; a figure without data is null.
 
+    Latencies and energies are of the requests that were answered (`analysis.latency.answered`); `slo_attainment` is
+    the share of all requests, one that failed having missed.
     Percentiles are over requests (TTFT, E2EL) and over tokens (TBT), or over requests' mean TPOT where the run has no
     chunk times; `tbt_source` says which. Energies are means over the requests whose energy is known:
-    `energy_per_request_j`, and per token the group's joules over its tokens, also with prefill's joules over input
-    tokens and decode's over output tokens. `energy` is `analysis.energy.Energy.requests`.
+    `energy_per_request_j`, and per token the joules of those whose tokens are known over their tokens, also with
+    prefill's joules over input tokens and decode's over output tokens. `energy` is `analysis.energy.Energy.requests`.
     """
     if by not in GROUPINGS:
         raise AnalysisError(f"cannot group by '{by}'; use {' or '.join(GROUPINGS)}")
@@ -57,6 +62,7 @@ def bucket_table(run: Run, energy: pl.DataFrame | None, by: str = "bucket", slo:
 
 def _gaps(table: pl.DataFrame) -> tuple[pl.DataFrame, str]:
     """Times between tokens with their group, and where they come from."""
+    table = table.filter(answered())
     if has_chunks(table):
         return token_gaps(table).join(table.select("request_id", "group"), on="request_id"), "tokens"
     return table.select("request_id", pl.col("tpot_ms").alias("itl_ms"), "group"), "requests"
@@ -64,30 +70,34 @@ def _gaps(table: pl.DataFrame) -> tuple[pl.DataFrame, str]:
 
 def _aggregate(table: pl.DataFrame, gaps: pl.DataFrame) -> pl.DataFrame:
     """The figures of each group."""
-    known = pl.col("energy_j").is_not_null()
-    inputs, outputs = (pl.col(c).filter(known).cast(pl.Float64).sum() for c in ("input_tokens", "output_tokens"))
-    energy_j, prefill_j, decode_j = (pl.col(c).filter(known).sum() for c in ("energy_j", "prefill_j", "decode_j"))
+    known = pl.col("energy_j").is_not_null() & answered()
+    whole = {part: pl.col(f"{part}_j").filter(known).sum() for part in ("energy", "prefill", "decode")}
+
+    def per_token(part: str, tokens: str) -> pl.Expr:
+        counted = known & pl.col(tokens).is_not_null()  # or joules would be counted whose tokens are not
+        return _ratio(pl.col(f"{part}_j").filter(counted).sum(), pl.col(tokens).filter(counted).cast(pl.Float64).sum())
+
     figures = table.group_by("group").agg(
         pl.len().alias("requests"),
         (pl.col("status") == "ok").sum().alias("ok"),
-        *_percentiles("ttft_ms", "ttft_ms"),
-        *_percentiles("e2el_ms", "e2el_ms"),
+        *_percentiles(pl.col("ttft_ms").filter(answered()), "ttft_ms"),
+        *_percentiles(pl.col("e2el_ms").filter(answered()), "e2el_ms"),
         known.sum().alias("requests_with_energy"),
-        _ratio(energy_j, known.sum()).alias("energy_per_request_j"),
-        _ratio(energy_j, inputs).alias("energy_per_input_token_j"),
-        _ratio(energy_j, outputs).alias("energy_per_output_token_j"),
-        _ratio(prefill_j, inputs).alias("energy_per_input_token_prefill_j"),
-        _ratio(decode_j, outputs).alias("energy_per_output_token_decode_j"),
-        _ratio(prefill_j, energy_j).alias("prefill_share"),
-        _ratio(decode_j, energy_j).alias("decode_share"),
+        _ratio(whole["energy"], known.sum()).alias("energy_per_request_j"),
+        per_token("energy", "input_tokens").alias("energy_per_input_token_j"),
+        per_token("energy", "output_tokens").alias("energy_per_output_token_j"),
+        per_token("prefill", "input_tokens").alias("energy_per_input_token_prefill_j"),
+        per_token("decode", "output_tokens").alias("energy_per_output_token_decode_j"),
+        _ratio(whole["prefill"], whole["energy"]).alias("prefill_share"),
+        _ratio(whole["decode"], whole["energy"]).alias("decode_share"),
         pl.col("slo_met").mean().alias("slo_attainment"),
     )
-    between = gaps.group_by("group").agg(_percentiles("itl_ms", "tbt_ms"))
+    between = gaps.group_by("group").agg(_percentiles(pl.col("itl_ms"), "tbt_ms"))
     return figures.join(between, on="group", how="left").select(_COLUMNS)
 
 
-def _percentiles(column: str, name: str) -> list[pl.Expr]:
-    return [pl.col(column).quantile(p / 100, "linear").alias(f"{name}_p{p}") for p in PERCENTILES]
+def _percentiles(column: pl.Expr, name: str) -> list[pl.Expr]:
+    return [column.quantile(p / 100, "linear").alias(f"{name}_p{p}") for p in PERCENTILES]
 
 
 def _ratio(part: pl.Expr, whole: pl.Expr) -> pl.Expr:
@@ -135,10 +145,10 @@ def _cells(row: dict[str, Any]) -> list[str]:
         values = [row[f"{name}_p{p}"] for p in PERCENTILES]
         return "-" if values[0] is None else " / ".join(_short(v / unit) for v in values)
 
-    failed = row["requests"] - row["ok"]
+    ok, count = row["ok"], row["requests"]
     return [
         row["group"],
-        f"{row['requests']:,}" + (f" ({failed} failed)" if failed else ""),
+        f"{count:,}" if ok == count else f"{ok:,} ok of {count:,}",
         trio("ttft_ms"),
         trio("tbt_ms"),
         trio("e2el_ms", unit=1e3),

@@ -59,7 +59,8 @@ def attribute_methods(run: Run, methods: Sequence[str], scope: str = "gpu") -> d
         if method not in METHODS:
             raise AnalysisError(f"method '{method}' is unknown; use one of {', '.join(METHODS)}")
     data = load_run(run, scope)
-    ids = data.requests["request_id"]
+    # Requests of the trace whose end was not recorded stand behind the others, so that their work is known as theirs.
+    ids = pl.concat([data.requests["request_id"], data.unrecorded])
     members = [_members(data, instance, ids) for instance in data.instances]
     accounts = [_account(data, inst, member) for inst, member in zip(data.instances, members, strict=True)]
     return {m: _energy(data, [_share_out(data, account, m) for account in accounts], m) for m in methods}
@@ -150,7 +151,8 @@ def _share_out(data: RunData, account: _Account, method: str) -> InstanceEnergy:
     steps, segments = account.steps, account.segments
     scaled = scale_parts(account.parts, account.balance.step_j)
     shares = share(METHODS[method](scaled, steps), steps, segments, account.blocks)
-    ours = segments.request >= 0
+    ours = (segments.request >= 0) & (segments.request < count)
+    unrecorded = segments.request >= count
     prefill = ours & (segments.kind == PREFILL)
 
     def by_request(values: Floats, rows: Bools) -> Floats:
@@ -172,6 +174,8 @@ def _share_out(data: RunData, account: _Account, method: str) -> InstanceEnergy:
         measured_j=float(account.balance.measured_j.sum()),
         idle_j=float(account.balance.idle_j.sum()),
         other_j=float(shares.energy_j[~ours].sum()) + shares.unlisted_j,
+        unrecorded_j=float(shares.energy_j[unrecorded].sum()),
+        unrecorded=int(np.unique(segments.request[unrecorded]).size),
         quality=account.quality,
         misfit_rel=account.balance.misfit_rel,
         idle=account.idle,
@@ -247,13 +251,20 @@ def write_energy(energy: Energy, tables: Mapping[str, pl.DataFrame]) -> Path:
     """Keep an attribution as `energy/` in its run directory: `tables` by name, then summary.json; returns the folder.
 
     Everything is written beside and renamed into place, the summary last: who finds it finds all of it.
+    Raises `AnalysisError` where the file system refuses.
     """
     folder = energy.run.path / ENERGY_DIR
-    folder.mkdir(exist_ok=True)
-    (folder / SUMMARY).unlink(missing_ok=True)  # while tables change there is no summary
-    for name, frame in tables.items():
-        write_parquet(frame.to_arrow(compat_level=pl.CompatLevel.oldest()), folder / f"{name}.parquet")
     partial = folder / f".{SUMMARY}.partial"
-    partial.write_text(json.dumps(energy.summary, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    partial.replace(folder / SUMMARY)
+    try:
+        folder.mkdir(exist_ok=True)
+        (folder / SUMMARY).unlink(missing_ok=True)  # while tables change there is no summary
+        for name, frame in tables.items():
+            write_parquet(frame.to_arrow(compat_level=pl.CompatLevel.oldest()), folder / f"{name}.parquet")
+        try:
+            partial.write_text(json.dumps(energy.summary, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+            partial.replace(folder / SUMMARY)
+        finally:
+            partial.unlink(missing_ok=True)
+    except OSError as error:
+        raise AnalysisError(f"{folder}: cannot be written ({error.strerror or error})") from None
     return folder

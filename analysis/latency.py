@@ -6,13 +6,20 @@
 - E2EL: last token minus send.
 - `*_from_schedule`: the same from the time that the trace asked for, which a stalled client cannot hide.
 
-A latency is null where one of its times is null.
+A latency is null where one of its times is null. Statistics are over the requests that were `answered`: one that
+failed is not fast.
 """
 
 import polars as pl
 
 NS_PER_MS = 1e6
 LATENCY_COLUMNS = ("ttft_ms", "tpot_ms", "e2el_ms", "ttft_from_schedule_ms", "e2el_from_schedule_ms", "dispatch_lag_ms")
+ANSWERED = ("ok", "length_mismatch")  # the latter: in full, though longer or shorter than asked
+
+
+def answered() -> pl.Expr:
+    """Whether a request of requests.parquet got its answer."""
+    return pl.col("status").is_in(ANSWERED).fill_null(value=False)
 
 
 def _ms(end: str, start: str) -> pl.Expr:

@@ -5,19 +5,23 @@ that host's clock minus the replayer's) and given in seconds from the window's s
 still resolves 0.1 ns.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
+from analysis.checks import check_manifest, check_segments
 from replay.rundir import MANIFEST, Run
 from tracegen.errors import AnalysisError, RunError
 
 Floats = NDArray[np.float64]
 NS_PER_S = 1e9
+MANY = 3  # GPUs; more are not named one by one
+HOLE_S = 0.5  # between readings of a GPU; the run's verdict on its sensor has the same bound
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,7 @@ class RunData:
     window_ns: tuple[int, int]
     instances: tuple[InstanceData, ...]
     requests: pl.DataFrame
+    unrecorded: pl.Series  # request ids of the trace that are not in requests.parquet
     scope: str
     notes: tuple[str, ...] = field(default=())
 
@@ -73,6 +78,13 @@ class RunData:
 SCOPES = ("gpu", "node")
 
 
+def open_run(path: str | Path) -> Run:
+    """The run directory at `path`, its manifest checked. Raises `RunError` when it is none or a key is of a wrong type."""
+    run = Run.open(path)
+    check_manifest(run)
+    return run
+
+
 def load_run(run: Run, scope: str = "gpu") -> RunData:
     """Collect what attribution needs from `run`.
 
@@ -81,6 +93,7 @@ def load_run(run: Run, scope: str = "gpu") -> RunData:
     """
     if scope not in SCOPES:
         raise AnalysisError(f"scope '{scope}' is unknown; use {' or '.join(SCOPES)}")
+    check_manifest(run)
     if not run.has("power"):
         raise AnalysisError(
             f"{run.path}: has no power samples (power.parquet), so there is no energy to attribute; "
@@ -95,7 +108,12 @@ def load_run(run: Run, scope: str = "gpu") -> RunData:
     segments = run.scan("segments").collect() if run.has("segments") else None
     power = _power(run, power, hosts)
     wanted = _wanted_gpus(run, power, scope)
-    window, notes = _window(run, requests, steps, power, wanted)
+    unrecorded, notes = _state(run, requests["request_id"])
+    window, remarks = _window(run, requests, steps, power, wanted)
+    notes += remarks
+    if steps is not None and segments is not None:
+        remark = check_segments(run, segments, steps)
+        notes += [remark] if remark else []
     requests = _seconds(requests, window[0], ("scheduled_ns", "sent_ns", "first_token_ns", "last_token_ns", "done_ns"))
     steps = None if steps is None else _seconds(steps, window[0], ("start_ns", "end_ns"))
     instances = tuple(
@@ -109,7 +127,43 @@ def load_run(run: Run, scope: str = "gpu") -> RunData:
         )
         for instance, gpus in wanted
     )
-    return RunData(run, window, instances, requests, scope, notes)
+    notes += _holes(instances, (window[1] - window[0]) / NS_PER_S)
+    return RunData(run, window, instances, requests, unrecorded, scope, tuple(notes))
+
+
+def _state(run: Run, recorded: pl.Series) -> tuple[pl.Series, list[str]]:
+    """The trace's requests that requests.parquet lacks, and what the manifest says against the run."""
+    manifest, notes = run.manifest, []
+    planned = run.scan("trace").select("request_id").collect().to_series() if run.has("trace") else recorded.clear()
+    unrecorded = planned.filter(~planned.is_in(recorded.implode())).unique(maintain_order=True)
+    if manifest.get("state") != "complete":
+        count = (manifest.get("requests") or {}).get("planned") or len(planned) or "an unknown number of"
+        notes.append(
+            f"the run is not complete (state: {manifest.get('state')}): {len(recorded)} of {count} planned requests "
+            "recorded"
+        )
+    failed = [str(v.get("name")) for v in manifest.get("verdicts") or [] if v.get("ok") is False]
+    if failed:
+        notes.append(f"the run failed its verdicts {', '.join(failed)}")
+    return unrecorded, notes
+
+
+def _holes(instances: tuple[InstanceData, ...], duration_s: float) -> list[str]:
+    """What to say of stretches in the window without a reading of a GPU."""
+    said: dict[str, list[str]] = {}
+    for gpu in (gpu for instance in instances for gpu in instance.gpus):
+        gap_s = np.where((gpu.t_s[1:] > 0) & (gpu.t_s[:-1] < duration_s), np.diff(gpu.t_s), 0.0)
+        if np.any(gap_s > HOLE_S):
+            i = int(np.argmax(gap_s))
+            text = f"no power reading for {gap_s[i]:.1f} s at {gpu.t_s[i]:.0f} s, among {np.sum(gap_s > HOLE_S)} holes"
+            said.setdefault(f"{text} of more than {HOLE_S} s", []).append(gpu.name)
+    return [f"{names(gpus)}: {text}" for text, gpus in said.items()]
+
+
+def names(gpus: Sequence[str]) -> str:
+    """Several GPUs as messages call them, each once."""
+    unique = list(dict.fromkeys(gpus))
+    return ", ".join(unique) if len(unique) <= MANY else f"{len(unique)} GPUs ({unique[0]} to {unique[-1]})"
 
 
 def _by_host(run: Run) -> dict[str, dict[str, Any]]:
@@ -127,7 +181,8 @@ def _requests(run: Run, hosts: Mapping[str, Mapping[str, Any]]) -> pl.DataFrame:
     frame = run.scan("requests").collect()
     if frame["request_id"].null_count() or frame["request_id"].n_unique() < frame.height:
         raise RunError(f"{run.path / 'requests.parquet'}: column 'request_id' has a null or a repeated id")
-    offsets = {int(w["worker"]): _offset_ns(hosts, w.get("host")) for w in run.manifest.get("workers") or []}
+    workers = [w for w in run.manifest.get("workers") or [] if w.get("worker") is not None]
+    offsets = {int(w["worker"]): _offset_ns(hosts, w.get("host")) for w in workers}
     if any(offsets.values()):
         offset = pl.col("worker").replace_strict(offsets, default=0, return_dtype=pl.Int64)
         frame = frame.with_columns(pl.col("^.*_ns$").exclude("chunk_ns") - offset)
@@ -139,15 +194,16 @@ def _steps(run: Run, hosts: Mapping[str, Mapping[str, Any]]) -> pl.DataFrame | N
     if not run.has("steps"):
         return None
     path = run.path / "steps.parquet"
-    frame = run.scan("steps").collect().sort("instance", "step")
-    offsets = {int(i["instance"]): _offset_ns(hosts, i.get("host")) for i in _manifest_instances(run)}
-    if any(offsets.values()):
-        offset = pl.col("instance").replace_strict(offsets, default=0, return_dtype=pl.Int64)
-        frame = frame.with_columns(pl.col("start_ns") - offset, pl.col("end_ns") - offset)
+    frame = run.scan("steps").collect()
     needed = ("instance", "step", "start_ns", "end_ns", "prefill_tokens", "decode_tokens")
     for name in (*needed, "context_tokens", "prefill_attention"):
         if frame[name].null_count():
             raise RunError(f"{path}: column '{name}' has a null in row {frame[name].is_null().arg_max()}")
+    frame = frame.sort("instance", "step")
+    offsets = {int(i["instance"]): _offset_ns(hosts, i.get("host")) for i in _manifest_instances(run)}
+    if any(offsets.values()):
+        offset = pl.col("instance").replace_strict(offsets, default=0, return_dtype=pl.Int64)
+        frame = frame.with_columns(pl.col("start_ns") - offset, pl.col("end_ns") - offset)
     wrong = frame.filter(pl.col("end_ns") < pl.col("start_ns"))
     if wrong.height:
         raise RunError(f"{path}: instance {wrong['instance'][0]}, step {wrong['step'][0]}: end_ns is before start_ns")
@@ -176,7 +232,7 @@ def _manifest_instances(run: Run) -> list[dict[str, Any]]:
     if not isinstance(instances, list) or not instances:
         raise RunError(f"{run.path / MANIFEST}: 'instances' is missing or empty; it says which GPUs an engine used")
     for entry in instances:
-        if "instance" not in entry:
+        if entry.get("instance") is None:
             raise RunError(f"{run.path / MANIFEST}: an entry of 'instances' has no key 'instance'")
     return instances
 
@@ -215,7 +271,7 @@ def _window(
     steps: pl.DataFrame | None,
     power: pl.DataFrame,
     wanted: list[tuple[int | None, list[tuple[str, int]]]],
-) -> tuple[tuple[int, int], tuple[str, ...]]:
+) -> tuple[tuple[int, int], list[str]]:
     """The measured window in ns, cut to what the power readings cover, and what there is to say about that."""
     notes = []
     start, end = run.manifest.get("measure_start_ns"), run.manifest.get("measure_end_ns")
@@ -241,7 +297,7 @@ def _window(
     lost_s = ((cut[0] - start) + (end - cut[1])) / NS_PER_S
     if lost_s > 0:
         notes.append(f"power readings leave out {lost_s:.3f} s at the window's edges, so it was cut to what they cover")
-    return cut, tuple(notes)
+    return cut, notes
 
 
 def _seconds(frame: pl.DataFrame, zero_ns: int, names: tuple[str, ...]) -> pl.DataFrame:
@@ -264,7 +320,7 @@ def _gpu(run: Run, power: pl.DataFrame, host: str, gpu: int, zero_ns: int) -> Gp
     def column(expr: pl.Expr) -> Floats:
         return rows.select(expr.cast(pl.Float64).fill_null(float("nan"))).to_series().to_numpy()
 
-    entries = [e for e in run.manifest.get("gpus") or [] if int(e.get("gpu", -1)) == gpu]
+    entries = [e for e in run.manifest.get("gpus") or [] if e.get("gpu") == gpu]
     entry = next((e for e in entries if str(e.get("host") or host) == host), entries[0] if len(entries) == 1 else {})
     return GpuData(
         host=host,

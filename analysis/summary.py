@@ -7,13 +7,16 @@ import numpy as np
 import polars as pl
 
 from analysis.idle import Idle
-from analysis.load import Floats, RunData
+from analysis.latency import answered
+from analysis.load import Floats, RunData, names
 from analysis.model import Quality
 from analysis.timeline import GpuTimeline
+from tracegen.console import format_si
 
 # One board's gain against another's, from the published tests of power meters on H100 (Yang et al., "Part-time Power
 # Measurements: nvidia-smi's Lack of Attention", SC 2024): about ±5 %. Boards of one group may err together.
 GAIN_REL_SE = 0.05
+MISMATCH_REL = 0.05  # between counter and samples that is worth a word; the run's verdict has the same bound
 RECORDS, CLIENT = "step records", "client timestamps"
 
 
@@ -30,6 +33,8 @@ class InstanceEnergy:
     measured_j: float
     idle_j: float
     other_j: float
+    unrecorded_j: float  # of other_j, the work of requests of the trace that are not in requests.parquet
+    unrecorded: int  # how many of these
     quality: Quality | None
     misfit_rel: float
     idle: tuple[Idle, ...]
@@ -44,12 +49,9 @@ def summarize(
         float(np.sum([getattr(part, name) for part in parts])) for name in ("measured_j", "idle_j", "other_j")
     )
     attributed_j = float(frame["energy_j"].sum())
-    notes = [*data.notes]
-    if unknown:
-        notes.append(f"{unknown} requests left no record of their work: their energy is null, not zero")
-    for part in parts:
-        notes += [i.why for i in part.idle if i.why]
-        notes += sorted({f"energy from {t.curve.source} samples: the counter {t.why}" for t in part.timelines if t.why})
+    served = data.requests.join(frame, on="request_id", how="left").filter(answered())
+    each_j = served["energy_j"].mean()
+    notes = [*data.notes, *_notes(data, parts, frame, unknown)]
     memberships = sorted({p.membership for p in parts if p.membership})
     ran = frame.filter(pl.col("energy_j") > 0).height
     return {
@@ -61,6 +63,8 @@ def summarize(
         "window": {"start_ns": data.window_ns[0], "end_ns": data.window_ns[1], "duration_s": data.duration_s},
         "requests": frame.height,
         "requests_with_energy": ran,
+        "requests_answered": served.height,
+        "energy_per_request_j": each_j if isinstance(each_j, float) else None,
         "measured_j": measured_j,
         "attributed_j": attributed_j,
         "prefill_j": float(frame["prefill_j"].sum()),
@@ -73,6 +77,37 @@ def summarize(
         "fit": [_fit_document(part) for part in parts],
         "notes": notes,
     }
+
+
+def _notes(data: RunData, parts: list[InstanceEnergy], frame: pl.DataFrame, unknown: int) -> list[str]:
+    """What a reader should know before believing the figures, apart from what `load_run` found."""
+    notes = []
+    if unknown:
+        notes.append(f"{unknown} requests left no record of their work: their energy is null, not zero")
+    failed = data.requests.join(frame, on="request_id", how="left").filter((pl.col("status") != "ok").fill_null(True))
+    if failed.height:
+        counts = failed["status"].fill_null("no status").value_counts(sort=True).sort("count", "status")
+        kinds = ", ".join(f"{count} {status}" for status, count in counts.reverse().iter_rows())
+        notes.append(
+            f"{failed.height} of {frame.height} requests were not ok ({kinds}); "
+            f"{format_si(failed['energy_j'].sum(), ' J', 4)} of prefill and decode went into them"
+        )
+    lost = sum(part.unrecorded for part in parts)
+    if lost:
+        lost_j = sum(part.unrecorded_j for part in parts)
+        notes.append(
+            f"{format_si(lost_j, ' J', 4)} of other are {lost} requests of the trace whose end was not recorded"
+        )
+    for part in parts:
+        notes += [i.why for i in part.idle if i.why]
+    said: dict[str, list[str]] = {}
+    for line in (line for part in parts for line in part.timelines):
+        if line.why:
+            said.setdefault(f"energy from {line.curve.source} samples: the counter {line.why}", []).append(line.name)
+        elif abs(line.mismatch_rel or 0.0) > MISMATCH_REL:
+            off = f"power samples come to {100 * (line.mismatch_rel or 0.0):+.0f} % of the counter's energy"
+            said.setdefault(f"{off}: one of them is wrong", []).append(line.name)
+    return notes + [f"{names(gpus)}: {text}" for text, gpus in said.items()]
 
 
 def _fit_document(part: InstanceEnergy) -> dict[str, Any]:

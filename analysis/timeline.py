@@ -10,8 +10,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from analysis.load import Floats, GpuData
+from analysis.steps import Bools, Ints
 
 EDGE_S = 1.0  # a source that misses less than this at the window's edges is extended at its nearest power
+STILL_UPDATES = 5  # a counter may miss so many of its own updates, or EDGE_S, before it counts as frozen
+DATED_SHARE = 0.5  # of the readings that must be dated for windows to go by dates
 SAMPLED = ("instant", "average")
 
 
@@ -54,6 +57,7 @@ class Windows:
 class GpuTimeline:
     """What the sensors of one GPU say: the curve to account by, the windows to fit by, and their disagreement."""
 
+    name: str  # of the GPU
     curve: Curve
     windows: Windows
     mismatch_rel: float | None  # samples over counter, minus 1, within the window; None without both
@@ -73,13 +77,14 @@ def read_timeline(gpu: GpuData, duration_s: float) -> GpuTimeline | str:
         used_j = counter.between(0.0, duration_s)
         mismatch = samples.between(0.0, duration_s) / used_j - 1.0 if used_j > 0 else None
     windows = _instant_windows(gpu) or _increments(curve)
-    return GpuTimeline(curve, windows, mismatch, None if counter else why)
+    return GpuTimeline(gpu.name, curve, windows, mismatch, None if counter else why)
 
 
 def _counter_curve(gpu: GpuData, duration_s: float) -> tuple[Curve | None, str]:
     """The counter's curve through its value changes, or why the counter is not sound.
 
-    Nulls between readings do no harm, since the counter sums; a decrease or a missing end does.
+    Nulls between readings do no harm, since the counter sums; a decrease, a missing end or a value that stands still
+    does: a GPU always draws power, so a counter that does not move has stopped counting.
     """
     known = np.isfinite(gpu.counter_j)
     t_s, e_j = gpu.t_s[known], gpu.counter_j[known]
@@ -94,31 +99,43 @@ def _counter_curve(gpu: GpuData, duration_s: float) -> tuple[Curve | None, str]:
         return None, "does not cover the window"
     # The value changed somewhere between two polls: half-way is right on average when the polls are the finer grid.
     poll_s, update_s = float(np.median(np.diff(t_s))), float(np.median(np.diff(t_s[changed])))
+    still = _still(t_s, changed, duration_s, max(EDGE_S, STILL_UPDATES * update_s))
+    if still:
+        return None, still
     seen_s = t_s[changed]
     if update_s > 1.5 * poll_s:
         seen_s = (t_s[changed] + t_s[changed - 1]) / 2
     return Curve("counter", seen_s, e_j[changed]), ""
 
 
+def _still(t_s: Floats, changed: Ints, duration_s: float, longest_s: float) -> str:
+    """Where in the window the counter was read for more than `longest_s` without a change; empty where nowhere."""
+    seen_s = t_s[changed]
+    if seen_s[0] > longest_s:
+        return f"first moves {seen_s[0]:.0f} s into the window of {duration_s:.0f} s"
+    if seen_s[-1] < duration_s - longest_s:
+        return f"stands still from {max(seen_s[-1], 0.0):.0f} s on, in a window of {duration_s:.0f} s"
+    held_s = t_s[changed[1:] - 1] - seen_s[:-1]  # up to the last reading that showed the same
+    held_s[(seen_s[1:] < 0) | (seen_s[:-1] > duration_s)] = 0.0
+    i = int(np.argmax(held_s))
+    return f"stands still for {held_s[i]:.0f} s at {seen_s[i]:.0f} s" if held_s[i] > longest_s else ""
+
+
 def _samples_w(gpu: GpuData, source: str) -> Floats:
     return gpu.instant_w if source == "instant" else gpu.average_w
 
 
-def _updates(gpu: GpuData, source: str) -> tuple[Floats, Floats, Floats]:
-    """Per update of the sensor: when it ended, since when its value holds, and the value in W.
+def _updates(gpu: GpuData, source: str) -> tuple[Floats, Floats, Floats, Bools]:
+    """Per update of the sensor: when it ended, since when its value holds, the value in W, and whether it is dated.
 
-    With `sensor_ns` an update is a new sensor time; without, every poll counts as one.
+    A new sensor time is an update. A reading without one (the first polls, before the sampler has seen the value
+    change; every average) counts as an update at its poll.
     """
-    watts = _samples_w(gpu, source)
+    known = np.isfinite(_samples_w(gpu, source))
+    poll_s, watts = gpu.t_s[known], _samples_w(gpu, source)[known]
+    dated = np.isfinite(gpu.sensor_s[known]) & (source == "instant")
     lag_s = float(gpu.sensors.get(source, {}).get("lag_ns") or 0) / 1e9
-    dated = source == "instant" and bool(np.all(np.isfinite(gpu.sensor_s[np.isfinite(watts)])))
-    known = np.isfinite(watts)
-    poll_s, watts = gpu.t_s[known], watts[known]
-    if not dated:
-        new = np.concatenate([[True], np.diff(poll_s) > 0])
-        end_s = poll_s[new]
-        return end_s - lag_s, np.concatenate([[end_s[0]], end_s[:-1]]) - lag_s, watts[new]
-    end_s = gpu.sensor_s[known]
+    end_s = np.maximum.accumulate(np.where(dated, gpu.sensor_s[known], poll_s))
     new = np.concatenate([[True], np.diff(end_s) > 0])
     last_old_poll_s = np.concatenate([[-np.inf], poll_s[:-1]])[new]
     end_s, watts = end_s[new], watts[new]
@@ -127,7 +144,7 @@ def _updates(gpu: GpuData, source: str) -> tuple[Floats, Floats, Floats]:
     # Polls that went on showing the old value tell that the sensor repeated it, so the new one is not that old.
     repeated_s = np.minimum(end_s - period_s, last_old_poll_s)
     since_s = np.where(end_s - since_s > 1.5 * period_s, np.maximum(since_s, repeated_s), since_s)
-    return end_s - lag_s, since_s - lag_s, watts
+    return end_s - lag_s, since_s - lag_s, watts, dated[new]
 
 
 def _period_s(gpu: GpuData, source: str, end_s: Floats) -> float:
@@ -138,7 +155,7 @@ def _period_s(gpu: GpuData, source: str, end_s: Floats) -> float:
 
 def _sample_curve(gpu: GpuData, source: str) -> Curve | None:
     """The integral of held-back samples; a value that holds for part of a gap leaves the rest to the one before."""
-    end_s, since_s, watts = _updates(gpu, source)
+    end_s, since_s, watts, _ = _updates(gpu, source)
     if end_s.size < 2:
         return None
     before_w = np.concatenate([[watts[0]], watts[:-1]])
@@ -154,8 +171,10 @@ def _instant_windows(gpu: GpuData) -> Windows | None:
     window_s = float(gpu.sensors.get("instant", {}).get("window_ns") or 0) / 1e9
     if not window_s or np.isfinite(gpu.instant_w).sum() < 2:
         return None
-    end_s, _, watts = _updates(gpu, "instant")
-    if not np.all(np.isfinite(gpu.sensor_s[np.isfinite(gpu.instant_w)])):
+    end_s, _, watts, dated = _updates(gpu, "instant")
+    if dated.sum() >= DATED_SHARE * dated.size:
+        end_s, watts = end_s[dated], watts[dated]
+    else:
         # Undated readings: keep those where the value is new, dated half-way back to the poll before.
         new = np.flatnonzero(np.diff(watts) != 0) + 1
         end_s, watts = (end_s[new] + end_s[new - 1]) / 2, watts[new]

@@ -132,7 +132,8 @@ def run(
         print_json(summary)
     else:
         say("\n".join(lines(summary)))
-        say(f"\nwrote {run_dir}; next: analysis energy {run_dir}")
+        then = "buckets" if summary["energy_j"] is None else "energy"
+        say(f"\nwrote {run_dir}; next: analysis {then} {run_dir}")
     if summary["state"] != "complete":
         sys.exit(130 if summary["state"] == "interrupted" else 1)
 

@@ -84,6 +84,7 @@ def judge(run_dir: Path, manifest: dict[str, Any], late_ns: Sequence[int]) -> li
     mine = [gpu for gpu in gpus if gpu["gpu"] in serving]
     before, after = ([gpu.get(key, {}) for gpu in mine] for key in ("idle_power_w", "idle_power_after_w"))
     arguments = manifest["arguments"]
+    during = None if power is None else power.filter(pl.col("t_ns").is_between(*window))
     return [
         verdicts.all_answered(requests, trace.height),
         verdicts.open_loop(arguments["max_concurrency"], arguments["max_rate_rps"]),
@@ -92,7 +93,7 @@ def judge(run_dir: Path, manifest: dict[str, Any], late_ns: Sequence[int]) -> li
         verdicts.lengths_exact(requests, trace),
         verdicts.saturated(requests),
         verdicts.steps_complete(table("steps"), table("segments"), requests),
-        verdicts.clocks_held(power, serving, instance["freq_mhz"]),
+        verdicts.clocks_held(during, serving, instance["freq_mhz"]),
         verdicts.sensor_alive(power, serving, *window),
         verdicts.counter_agrees(power, serving, *window),
         verdicts.idle_measured(before, after),

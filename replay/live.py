@@ -72,8 +72,9 @@ def _number(value: float | None, unit: str) -> str:
 def cells(snapshot: Snapshot) -> list[tuple[str, str]]:
     """The figures of `snapshot` as (name, text) pairs."""
     s = snapshot
+    waiting = ", waiting for answers" if s.elapsed_ns > s.planned_ns and s.sent == s.planned else ""
     return [
-        ("time", f"{min(s.elapsed_ns, s.planned_ns) / NS_PER_S:.0f} / {s.planned_ns / NS_PER_S:.0f} s"),
+        ("time", f"{min(s.elapsed_ns, s.planned_ns) / NS_PER_S:.0f} / {s.planned_ns / NS_PER_S:.0f} s{waiting}"),
         ("sent", f"{s.sent:,} / {s.planned:,}"),
         ("in flight", f"{s.sent - s.ended:,}"),
         ("errors", f"{s.errors:,}"),

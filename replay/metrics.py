@@ -40,7 +40,7 @@ async def scrape(session: aiohttp.ClientSession, base_url: str, run_dir: Path, i
         t_ns = now_ns()
         try:
             async with session.get(f"{base_url}/metrics", timeout=aiohttp.ClientTimeout(total=5)) as answer:
-                rows = parse_metrics(await answer.text()) if answer.status == 200 else []
+                rows = parse_metrics(await answer.text(errors="replace")) if answer.status == 200 else []
         except (aiohttp.ClientError, OSError, TimeoutError):
             rows = []
         if rows:

@@ -81,14 +81,16 @@ def make_plan(options: RunOptions) -> Plan:
     if options.seed < 0:
         raise ReplayError(f"--seed {options.seed}: must not be negative")
     trace = _slice(read_trace(options.trace), options)
-    block_tokens = int(read_metadata(options.trace).get("block_tokens") or 0)
-    if "prefix_hashes" in trace.columns and not block_tokens:
-        raise ReplayError(f"{options.trace}: has prefix_hashes but no block_tokens in its file metadata")
+    block_tokens = read_metadata(options.trace)["block_tokens"] if "prefix_hashes" in trace.columns else 0
     engine, why = _choose_engine(options)
     tp = options.tp or len(options.gpus or ()) or (_SIM_TP if engine == "sim" else 1)
     gpus = _choose_gpus(options, engine, tp)
     if options.freq_mhz is not None and not gpus:
         raise ReplayError("--freq with a URL needs --gpus: which GPUs of this host serve it?")
+    if engine == "sim" and options.model not in {None, options.profile}:
+        raise ReplayError(
+            f"--model {options.model}: the simulated engine serves what its --profile says, {options.profile}"
+        )
     model = options.model or {"sim": load_profile(options.profile).name, "vllm": DEFAULT_MODEL}.get(engine)
     return Plan(options, trace, block_tokens, engine, why, tp, gpus, model, _run_dir(options, engine, tp))
 

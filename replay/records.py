@@ -54,7 +54,7 @@ class RecordStore:
 
     def end(self, record: Record) -> None:
         """Take an ended request."""
-        self.ended += 1
+        self.ended += record in self._open  # a cap may have held it back until the end
         self.errors += record.status != "ok"
         self._tokens_ended += record.output_tokens or 0
         self._open.discard(record)

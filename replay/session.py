@@ -44,7 +44,7 @@ from replay.metrics import scrape
 from replay.plan import Plan, RunOptions, fit_lengths, make_plan
 from replay.prompts import completion_body, prompt_ids
 from replay.records import RecordStore
-from replay.rundir import scan_table, write_manifest
+from replay.rundir import MANIFEST, scan_table, write_manifest
 from replay.sim.hardware import Hardware, load_profile
 from tracegen.errors import GpuError, ReplayError, WattraceError
 from tracegen.schema import read_metadata, write_trace
@@ -69,6 +69,7 @@ class _State:
     gpu_spec: str | None = None
     locked_mhz: int | None = None
     idle_before: tuple[int, int] | None = None
+    failure: Exception | None = None  # what ended the run, beside an interruption or the engine's death
     late_ns: list[int] = field(default_factory=list)
 
 
@@ -87,10 +88,8 @@ async def run(options: RunOptions, progress: Progress) -> Path:
         progress.say(f"SIMULATED: {plan.why_engine}; power, step times and GPUs come from profile {options.profile}")
     else:
         progress.say(f"engine: {plan.engine} ({plan.why_engine})")
-    try:
-        plan.run_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ReplayError(f"{plan.run_dir}: cannot be made ({error.strerror}); give another -o") from None
+    made = _claim(plan.run_dir)
+    write_manifest(plan.run_dir, state.manifest)
     started = False
     try:
         with _signals(state, progress):
@@ -101,16 +100,39 @@ async def run(options: RunOptions, progress: Progress) -> Path:
             # The server and the sampler have ended: all tables are written.
             progress.status("writing tables")
             await asyncio.to_thread(finish_run, plan.run_dir, state.manifest, engine, state.late_ns)
-    except BaseException as error:
+    except BaseException as error:  # noqa: BLE001 - raised again, in one line where the disk is to blame
         if not started:
-            _clear(plan, error)
+            _clear(plan, error, keep_folder=not made)
         if state.interrupted and isinstance(error, asyncio.CancelledError):
             raise KeyboardInterrupt from None
-        raise
+        raise _in_one_line(plan, state.failure or error) from None
+    if state.failure is not None:
+        raise _in_one_line(plan, state.failure)
     return plan.run_dir
 
 
-def _clear(plan: Plan, error: BaseException) -> None:
+def _claim(run_dir: Path) -> bool:
+    """Make `run_dir` ours; whether the folder is new. Raises `ReplayError` when another run has it, or it cannot be."""
+    made = not run_dir.exists()
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / MANIFEST).touch(exist_ok=False)
+    except FileExistsError:
+        raise ReplayError(f"{run_dir}: another run has just begun there; give another -o") from None
+    except OSError as error:
+        raise ReplayError(f"{run_dir}: cannot be made ({error.strerror}); give another -o") from None
+    return made
+
+
+def _in_one_line(plan: Plan, error: BaseException) -> BaseException:
+    """A full or failing disk is nobody's bug; other errors stay what they are."""
+    if not isinstance(error, OSError):
+        return error
+    what = "the run ended early; what was written before is there"
+    return ReplayError(f"{plan.run_dir}: cannot be written ({error.strerror or error}); {what}, free some space first")
+
+
+def _clear(plan: Plan, error: BaseException, *, keep_folder: bool) -> None:
     """Remove a run directory in which nothing was measured; a launched server's log is kept beside it."""
     log = plan.run_dir / "server.log"
     if plan.engine == "vllm" and isinstance(error, WattraceError) and log.is_file():
@@ -118,6 +140,8 @@ def _clear(plan: Plan, error: BaseException) -> None:
         shutil.move(log, kept)
         error.args = (f"{error}; the whole log is in {kept}",)
     shutil.rmtree(plan.run_dir, ignore_errors=True)
+    if keep_folder:  # the user made it
+        plan.run_dir.mkdir(exist_ok=True)
 
 
 @contextlib.contextmanager
@@ -174,6 +198,10 @@ async def _prepare(
     engine = await stack.enter_async_context(_make_engine(plan, hardware, port, uuids, progress))
     served = await engine.ready()
     _take_served(plan, state, served, progress)
+    if sampler is not None and not options.idle_ns:
+        progress.say(
+            "idle power is not measured (--idle 0): energy can be attributed only if the run has idle stretches"
+        )
     if sampler is not None:
         state.idle_before = await _idle(options.idle_ns, sampler, progress, "before")
         _record_idle(plan, state, "idle_power_w", state.idle_before)
@@ -229,6 +257,10 @@ def _take_served(plan: Plan, state: _State, served: Served, progress: Progress) 
         progress.say(f"{done} {changed} requests longer than the model's {served.max_model_len} tokens")
         state.manifest["overlong"] = {"rule": plan.options.overlong, "requests": changed}
     write_trace(state.trace, plan.run_dir / "trace.parquet", read_metadata(plan.options.trace))
+    if served.simulated:  # also when somebody else started it
+        state.manifest["engine"] = "simulated"
+        if plan.engine == "url":
+            progress.say("SIMULATED: the server says that it is a simulated engine")
     state.manifest["instances"][0] |= {"model": served.model, "max_model_len": served.max_model_len}
     write_manifest(plan.run_dir, state.manifest)
 
@@ -277,13 +309,17 @@ async def _measure(
             _watch(engine, sending, state),
             _show(state, store, sampler, epoch_ns, progress),
         ]
-        with _no_garbage_collection():
-            async with _background(watchers, sending):
-                with contextlib.suppress(asyncio.CancelledError):
-                    await sending
-        await store.flush()
+        try:
+            with _no_garbage_collection():
+                async with _background(watchers, sending):
+                    with contextlib.suppress(asyncio.CancelledError):
+                        await sending
+            await store.flush()
+        except Exception as error:  # noqa: BLE001 - raised again when what there is has been written
+            state.failure = error
+            await store.flush()
     state.late_ns = stalls.late_ns
-    whole = not (state.interrupted or state.engine_died)
+    whole = not (state.interrupted or state.engine_died or state.failure)
     state.manifest |= {
         "state": "finishing" if whole else "interrupted" if state.interrupted else "failed",
         "measure_end_ns": now_ns(),
@@ -292,12 +328,17 @@ async def _measure(
     state.manifest["clock_anchors"].append(anchor())
     write_manifest(plan.run_dir, state.manifest)
     state.cancel = None
-    if sampler is not None and sampler.alive:
-        if whole:
-            # The end of the window must be sampled before the idle baseline after it begins.
-            _record_idle(plan, state, "idle_power_after_w", await _idle(options.idle_ns, sampler, progress, "after"))
-        else:
-            await sampler.written_until(state.manifest["measure_end_ns"])
+    if sampler is None or not sampler.alive:
+        return
+    if not whole:
+        await sampler.written_until(state.manifest["measure_end_ns"])
+        return
+    resting = asyncio.create_task(_idle(options.idle_ns, sampler, progress, "after"))
+    state.cancel = resting
+    try:
+        _record_idle(plan, state, "idle_power_after_w", await resting)
+    except asyncio.CancelledError:
+        progress.say("interrupted: idle power after the run is not measured")
 
 
 async def _send_all(
@@ -319,9 +360,9 @@ async def _send_all(
     async def send(i: int, body: bytes) -> None:
         row = rows[i]
         record = Record(row["request_id"], 0, scheduled_ns[i], row["output_tokens"])
-        store.start(record)
         try:
             async with caps.open():
+                store.start(record)
                 await client.send(record, body)
         finally:
             store.end(record)

@@ -37,6 +37,7 @@ def summarize(run_dir: Path) -> dict[str, Any]:
         ),
         "gpus": gpus,
         "freq_mhz": manifest["instances"][0]["freq_mhz"],
+        "freq_asked_mhz": manifest["instances"][0]["freq_asked_mhz"],
         "energy_j": energy_j,
         "mean_power_w": None if energy_j is None else energy_j / seconds,
         "verdicts": manifest["verdicts"],
@@ -67,7 +68,9 @@ def lines(summary: dict[str, Any]) -> list[str]:
     """`summary` as lines for people, verdicts last."""
     s = summary
     mark = "SIMULATED  " if s["simulated"] else ""
-    clock = f"{s['freq_mhz']} MHz" if s["freq_mhz"] else "driver's clocks"
+    clock = f"{s['freq_mhz']} MHz" if s["freq_mhz"] else "the driver's clocks"
+    if s["freq_asked_mhz"] != s["freq_mhz"]:
+        clock += f" (asked for: {s['freq_asked_mhz']} MHz)"
     result = [
         f"{mark}{s['state']}: {s['requests_ok']:,} of {s['requests_planned']:,} requests ok in {s['seconds']:.1f} s",
         _latency("TTFT", s["ttft_ms"]),

@@ -100,6 +100,11 @@ def saturated(requests: pl.DataFrame) -> Verdict:
     The value is the growth of that backlog (least squares over the sending window) as a share of the arrival rate;
     with arrivals at rate λ and first tokens at rate μ < λ it is 1 - μ/λ.
     """
+    # A request that failed before its first token waits no longer.
+    failed = pl.col("first_token_ns").is_null() & pl.col("status").is_in(
+        ["http_error", "connect_error", "stream_error"]
+    )
+    requests = requests.filter(~failed)
     sent = np.sort(requests["sent_ns"].drop_nulls().to_numpy())
     if len(sent) < 20 or sent[0] == sent[-1]:
         why = "fewer than 20 requests, or all sent at one moment, tell nothing"

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from tracegen.errors import TraceError
 
 SCHEMA_VERSION = "1.0"
-_PREFIX = "wattrace."  # of our keys in a Parquet file's metadata
+_NOT_OURS = ("ARROW:", "pandas", "huggingface")  # what libraries leave in a Parquet file's metadata
 
 TRACE = pl.Schema(
     {
@@ -122,11 +122,23 @@ def read_trace(path: str | Path) -> pl.DataFrame:
         # By pyarrow, which reports a damaged file where polars panics; and a path is a path, never a pattern.
         table = pq.ParquetFile(path).read()
         table.validate(full=True)
-        version = str(_own_metadata(table.schema).get("schema_version", SCHEMA_VERSION))
+        metadata = _own_metadata(table.schema)
         frame = pl.DataFrame(dict(zip(table.column_names, table.columns, strict=True)))
+    version = str(metadata.get("schema_version", SCHEMA_VERSION))
     if version.partition(".")[0] != SCHEMA_VERSION.partition(".")[0]:
         raise TraceError(f"{path}: schema_version {version}, and this program reads {SCHEMA_VERSION}; update wattrace")
+    _check_blocks(frame, metadata, path)
     return check_trace(frame, str(path))
+
+
+def _check_blocks(frame: pl.DataFrame, metadata: Mapping[str, Any], path: str | Path) -> None:
+    """Raise `TraceError` where `frame` has prefix hashes but `metadata` does not say how many tokens a block has."""
+    block_tokens = metadata.get("block_tokens")
+    if "prefix_hashes" in frame.columns and not (type(block_tokens) is int and block_tokens > 0):
+        raise TraceError(
+            f"{path}: has prefix_hashes, but block_tokens in its file metadata is {block_tokens}; "
+            "write there how many tokens a block has"
+        )
 
 
 def read_metadata(path: str | Path) -> dict[str, Any]:
@@ -139,12 +151,27 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
 
 
 def _own_metadata(schema: pa.Schema) -> dict[str, Any]:
-    """What `write_trace` put into `schema`'s metadata."""
-    return {
-        key.decode().removeprefix(_PREFIX): json.loads(value)
-        for key, value in (schema.metadata or {}).items()
-        if key.startswith(_PREFIX.encode())
-    }
+    """`schema`'s metadata: JSON where it is JSON, text where it is not; `schema_version` is always text."""
+    found: dict[str, Any] = {}
+    for raw_key, raw_value in (schema.metadata or {}).items():
+        key, value = raw_key.decode("utf-8", "replace"), raw_value.decode("utf-8", "replace")
+        if key.startswith(_NOT_OURS):
+            continue
+        try:
+            found[key] = value if key == "schema_version" else json.loads(value)
+        except ValueError:
+            found[key] = value
+    return found
+
+
+def _as_text(value: Any) -> str:
+    """`value` as file metadata keeps it: plain text, or JSON where text alone would be read as something else."""
+    if isinstance(value, str):
+        try:
+            json.loads(value)
+        except ValueError:
+            return value
+    return json.dumps(value, sort_keys=True)
 
 
 @contextmanager
@@ -166,9 +193,10 @@ def write_trace(frame: pl.DataFrame, path: str | Path, metadata: Mapping[str, An
     Raises `TraceError` when `frame` breaks a rule or `path` cannot be written.
     """
     path = Path(path)
+    _check_blocks(frame, metadata, path)
     table = check_trace(frame, str(path)).rechunk().to_arrow(compat_level=pl.CompatLevel.oldest())
-    document = {"schema_version": SCHEMA_VERSION, **metadata}
-    keys = {f"{_PREFIX}{key}": json.dumps(document[key], sort_keys=True) for key in sorted(document)}
+    keys = {"schema_version": str(metadata.get("schema_version", SCHEMA_VERSION))}
+    keys |= {key: _as_text(metadata[key]) for key in sorted(metadata) if key != "schema_version"}
     try:
         write_parquet(table.replace_schema_metadata(keys), path)
     except OSError as error:

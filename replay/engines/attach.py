@@ -22,7 +22,9 @@ async def ask_models(base_url: str, model: str | None, timeout_s: float) -> Serv
                     f"{base_url}/v1/models answers HTTP {answer.status}; is this an OpenAI-compatible server?"
                 )
             cards = (await answer.json(content_type=None))["data"]
-            found = {str(card["id"]): card.get("max_model_len") for card in cards}
+            found = {str(card["id"]): card for card in cards}
+            lengths = {name: card.get("max_model_len") for name, card in found.items()}
+            simulated = any("simulated" in str(card.get("owned_by")) for card in cards)
     except (aiohttp.ClientError, OSError, TimeoutError) as error:
         raise ReplayError(f"{base_url} cannot be reached ({_why(error)}); {_HINT}") from None
     except (ValueError, KeyError, TypeError, AttributeError):
@@ -34,7 +36,7 @@ async def ask_models(base_url: str, model: str | None, timeout_s: float) -> Serv
     if model not in found:
         asked = f"has no model '{model}'" if model else "serves several models"
         raise ReplayError(f"{base_url} {asked}; choose with --model: {', '.join(found) or 'it lists none'}")
-    return Served(base_url, model, found[model])
+    return Served(base_url, model, lengths[model], simulated)
 
 
 def _why(error: BaseException) -> str:

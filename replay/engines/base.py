@@ -14,6 +14,7 @@ class Served:
     base_url: str  # without a trailing slash
     model: str
     max_model_len: int | None  # None where the server does not say
+    simulated: bool = False  # whether the server says so of itself
 
 
 class Engine(Protocol):

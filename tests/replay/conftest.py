@@ -4,6 +4,7 @@ import asyncio
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -12,6 +13,7 @@ from pathlib import Path
 import polars as pl
 import pytest
 
+from replay.engines.process import free_port
 from replay.live import QuietProgress
 from replay.plan import RunOptions
 from replay.session import run
@@ -56,7 +58,7 @@ def sim_run(tmp_path_factory, make_trace, replay):
     rows = [(130 * i, 40 + 397 * (i % 7), 4 + 11 * (i % 5)) for i in range(24)]
     trace = make_trace(folder / "trace.parquet", rows)
     return replay(
-        trace, engine="sim", tp=8, freq_mhz=1200, output=folder / "run", idle_ns=1000 * MS, metadata={"why": "test"}
+        trace, engine="sim", tp=8, freq_mhz=1200, output=folder / "run", idle_ns=700 * MS, metadata={"why": "test"}
     )
 
 
@@ -127,6 +129,26 @@ def sim_server(tmp_path_factory):
     yield line.split()[-1]
     process.communicate()
     assert process.returncode == 0
+
+
+@pytest.fixture(scope="session")
+def plain_server():
+    """The URL of a server that is somebody else's and not simulated, as far as it says (fake_vllm.py)."""
+    port = free_port()
+    argv = [sys.executable, str(Path(__file__).parent / "fake_vllm.py"), "serve", "org/model", "--port", str(port)]
+    process = subprocess.Popen(argv)
+    try:
+        while True:
+            try:
+                socket.create_connection(("127.0.0.1", port)).close()
+                break
+            except ConnectionRefusedError:
+                assert process.poll() is None
+                time.sleep(0.02)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.kill()
+        process.wait()
 
 
 @pytest.fixture(scope="session")

@@ -130,13 +130,13 @@ def test_wrong_input_is_one_line_and_leaves_nothing(run_cli, trace, tmp_path, ar
     assert left in ([], [tmp_path / "runs"]), "no run directory is left"
 
 
-def test_a_run_prints_its_summary_and_where_it_went(run_cli, make_trace, sim_server, tmp_path):
+def test_a_run_prints_its_summary_and_where_it_went(run_cli, make_trace, plain_server, tmp_path):
     trace = make_trace(tmp_path / "trace.parquet", [(0, 10, 2), (20, 10, 2)])
-    code, out, err = run_cli("run", trace, "--engine", sim_server, "-o", tmp_path / "run", "--metadata", "a=b=c")
+    code, out, err = run_cli("run", trace, "--engine", plain_server, "-o", tmp_path / "run", "--metadata", "a=b=c")
     assert code == 0
     assert out.startswith("complete: 2 of 2 requests ok in ")
-    assert out.rstrip().endswith(f"wrote {tmp_path / 'run'}; next: analysis energy {tmp_path / 'run'}")
-    assert err.startswith(f"engine: url (attached to {sim_server})\n")
+    assert out.rstrip().endswith(f"wrote {tmp_path / 'run'}; next: analysis buckets {tmp_path / 'run'}")
+    assert err.startswith(f"engine: url (attached to {plain_server})\n")
     assert Run.open(tmp_path / "run").manifest["metadata"] == {"a": "b=c"}
 
 

@@ -21,8 +21,8 @@ def start(command, make_trace, tmp_path, until):
     trace = make_trace(tmp_path / "trace.parquet", rows)
     run_dir = tmp_path / "run"
 
-    def start(**popen):
-        options = ("--engine", "sim", "--tp", "8", "--freq", "1200", "--idle", "700ms", "-o", run_dir)
+    def start(idle="0s", **popen):
+        options = ("--engine", "sim", "--tp", "8", "--freq", "1200", "--idle", idle, "-o", run_dir)
         process = command("run", trace, *options, **popen)
         until(lambda: process.poll() is not None or under_way(run_dir))
         assert process.poll() is None
@@ -55,7 +55,7 @@ def statuses(run):
 
 
 def test_ctrl_c_writes_the_run_in_order(start, processes):
-    process, run_dir = start()
+    process, run_dir = start(idle="700ms")
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130

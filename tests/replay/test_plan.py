@@ -47,6 +47,7 @@ class Driver:
         ({"seed": -1}, "--seed -1: must not be negative"),
         ({"duration_ns": 0}, "no request arrives within --duration"),
         ({"profile": "abacus"}, "abacus"),
+        ({"model": "gpt"}, "--model gpt: the simulated engine serves what its --profile says"),
     ],
 )
 def test_a_wrong_option_is_one_clear_line(trace, options, message):
@@ -62,14 +63,11 @@ def test_a_missing_trace_is_a_trace_error(tmp_path):
         make_plan(RunOptions(tmp_path / "none.parquet", engine="sim"))
 
 
-def test_prefix_hashes_need_the_size_of_their_blocks(make_trace, tmp_path):
+def test_the_block_size_of_prefix_hashes_comes_from_the_trace(make_trace, tmp_path, trace):
     hashes = pl.Series([[1, 2], [1]], dtype=pl.List(pl.UInt64))
-    rows = [(0, 40, 5), (1, 40, 5)]
-    without = make_trace(tmp_path / "a.parquet", rows, prefix_hashes=hashes)
-    with pytest.raises(ReplayError, match="has prefix_hashes but no block_tokens"):
-        make_plan(RunOptions(without, engine="sim"))
-    named = make_trace(tmp_path / "b.parquet", rows, {"block_tokens": 16}, prefix_hashes=hashes)
-    assert make_plan(RunOptions(named, engine="sim")).block_tokens == 16
+    shared = make_trace(tmp_path / "b.parquet", [(0, 40, 5), (1, 40, 5)], {"block_tokens": 16}, prefix_hashes=hashes)
+    assert make_plan(RunOptions(shared, engine="sim")).block_tokens == 16
+    assert make_plan(RunOptions(trace, engine="sim")).block_tokens == 0
 
 
 @pytest.mark.parametrize("content", ["file", "folder"])

@@ -174,13 +174,13 @@ def test_the_summary_is_computed_from_the_tables(simulated, requests):
     assert any(re.fullmatch(r"energy  .* on 8 GPUs at 1200 MHz, by the energy counters", line) for line in text)
 
 
-def attached(make_trace, replay, tmp_path, sim_server, rows, **options):
+def attached(make_trace, replay, tmp_path, url, rows, **options):
     trace = make_trace(tmp_path / "trace.parquet", rows)
-    return Run.open(replay(trace, engine=sim_server, output=tmp_path / "run", **options))
+    return Run.open(replay(trace, engine=url, output=tmp_path / "run", **options))
 
 
-def test_an_attached_server_without_gpus_gives_a_run_without_power(make_trace, replay, tmp_path, sim_server):
-    run = attached(make_trace, replay, tmp_path, sim_server, [(i * 20, 20, 3) for i in range(6)], save_chunks=False)
+def test_an_attached_server_without_gpus_gives_a_run_without_power(make_trace, replay, tmp_path, plain_server):
+    run = attached(make_trace, replay, tmp_path, plain_server, [(i * 20, 20, 3) for i in range(6)], save_chunks=False)
     assert (run.manifest["engine"], run.manifest["gpus"], run.manifest["state"]) == ("attached", [], "complete")
     assert not run.has("power")
     assert not run.has("truth")
@@ -194,6 +194,12 @@ def test_an_attached_server_without_gpus_gives_a_run_without_power(make_trace, r
     assert summary["mean_power_w"] is None
     assert "energy  not measured" in lines(summary)
     assert not lines(summary)[0].startswith("SIMULATED")
+
+
+def test_an_attached_server_that_is_simulated_makes_a_simulated_run(make_trace, replay, tmp_path, sim_server):
+    run = attached(make_trace, replay, tmp_path, sim_server, [(0, 20, 3)])
+    assert (run.manifest["engine"], run.simulated) == ("simulated", True)
+    assert lines(summarize(run.path))[0].startswith("SIMULATED  ")
 
 
 def test_a_cap_closes_the_loop_and_says_so(make_trace, replay, tmp_path, sim_server):

@@ -116,6 +116,8 @@ def test_saturated_is_a_queue_that_grows(load, full, seed):
 def test_a_server_that_never_answers_is_saturated_and_few_requests_tell_nothing():
     assert verdicts.saturated(requests(40, first_token_ns=[None] * 40)).ok is False
     assert verdicts.saturated(requests(19)).ok is None
+    refused = requests(40, first_token_ns=[None] * 40, status=["http_error"] * 40)
+    assert verdicts.saturated(refused).ok is None, "who was refused does not wait"
 
 
 def test_a_burst_at_once_is_no_division_by_zero():
