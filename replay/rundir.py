@@ -195,7 +195,7 @@ def _read_part(path: Path, table: str) -> pl.DataFrame:
     """The checked rows of one file of `table`. Raises `RunError` when it is damaged or of another shape."""
     try:
         # By pyarrow, which reports a damaged file where polars panics.
-        arrow = pq.ParquetFile(path).read()
+        arrow = pq.ParquetFile(path, page_checksum_verification=True).read()
         arrow.validate(full=True)
         frame = pl.DataFrame(dict(zip(arrow.column_names, arrow.columns, strict=True)))
         return check_table(frame.lazy(), table, path).collect()

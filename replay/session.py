@@ -296,8 +296,9 @@ async def _measure(
     state.manifest["clock_anchors"].append(anchor())
     write_manifest(plan.run_dir, state.manifest)
     stalls = StallMeter()
-    # Connections are the load's business: no limit, and no DNS or keep-alive surprises in the middle.
-    connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=3600, ttl_dns_cache=3600)
+    # No limit: how many streams are open is the load's business. Idle connections are dropped before uvicorn, which
+    # serves vLLM, closes them after 5 s: a request sent into that moment would fail for no fault of the server.
+    connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=4, ttl_dns_cache=3600)
     async with aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout()) as session:
         client = CompletionsClient(session, served.base_url, options.request_timeout_s)
         sending = asyncio.create_task(_send_all(plan, state, served, client, store, epoch_ns))

@@ -73,12 +73,13 @@ def print_json(document: Any) -> None:
 
 
 def print_table(
-    columns: Sequence[str], rows: Sequence[Sequence[str]], *, title: str | None = None, left: int = 1
+    columns: Sequence[str], rows: Sequence[Sequence[str]], *, title: str | None = None, left: int | Sequence[bool] = 1
 ) -> None:
-    """Print `rows` under `columns`; the first `left` columns are text, the rest numbers, aligned right."""
+    """Print `rows` under `columns`; the first `left` columns, or those marked, are text, the rest numbers at the right."""
+    text = [i < left for i in range(len(columns))] if isinstance(left, int) else left
     table = Table(box=None, pad_edge=False, header_style="bold")
     for i, name in enumerate(columns):
-        table.add_column(name, justify="left" if i < left else "right", no_wrap=True)
+        table.add_column(name, justify="left" if text[i] else "right", no_wrap=True)
     for row in rows:
         table.add_row(*row)
     # As wide as the cells need, whatever the terminal: a wrapped line is better than a figure cut to an ellipsis.

@@ -120,7 +120,7 @@ def read_trace(path: str | Path) -> pl.DataFrame:
     """
     with _reading(path):
         # By pyarrow, which reports a damaged file where polars panics; and a path is a path, never a pattern.
-        table = pq.ParquetFile(path).read()
+        table = pq.ParquetFile(path, page_checksum_verification=True).read()
         table.validate(full=True)
         metadata = _own_metadata(table.schema)
         frame = pl.DataFrame(dict(zip(table.column_names, table.columns, strict=True)))
@@ -243,7 +243,8 @@ def write_parquet(table: pa.Table, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     try:
-        pq.write_table(table, partial, compression="zstd", compression_level=3)
+        # Checksums, so that a flipped bit is an error and not another number.
+        pq.write_table(table, partial, compression="zstd", compression_level=3, write_page_checksum=True)
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
