@@ -318,7 +318,8 @@ async def _measure(
             await store.flush()
         except Exception as error:  # noqa: BLE001 - raised again when what there is has been written
             state.failure = error
-            await store.flush()
+            with contextlib.suppress(OSError):  # a full disk stays full
+                await store.flush()
     state.late_ns = stalls.late_ns
     whole = not (state.interrupted or state.engine_died or state.failure)
     state.manifest |= {

@@ -1,7 +1,9 @@
 """Runs from beginning to end on the simulated engine, and what their directories then say."""
 
 import asyncio
+import errno
 import json
+import os
 import re
 from itertools import pairwise
 
@@ -14,7 +16,7 @@ from replay.caps import Caps
 from replay.client import CompletionsClient
 from replay.live import QuietProgress
 from replay.plan import RunOptions
-from replay.rundir import STATUSES, TABLES, Run
+from replay.rundir import STATUSES, TABLES, PartWriter, Run
 from replay.session import run
 from replay.summary import lines, summarize
 from tracegen.errors import ReplayError
@@ -280,6 +282,40 @@ def test_a_second_run_into_the_same_directory_is_refused(simulated, replay):
     with pytest.raises(ReplayError, match="exists already; a run is never overwritten"):
         replay(simulated.path / "trace.parquet", engine="sim", output=simulated.path)
     assert (simulated.path / "manifest.json").read_bytes() == manifest
+
+
+def test_two_runs_that_begin_together_do_not_share_a_directory(make_trace, tmp_path, sim_server):
+    trace = make_trace(tmp_path / "trace.parquet", [(0, 20, 2), (300, 20, 2)])
+    options = RunOptions(trace, engine=sim_server, output=tmp_path / "run")
+
+    async def both():
+        return await asyncio.gather(*(run(options, QuietProgress()) for _ in range(2)), return_exceptions=True)
+
+    ended = asyncio.run(both())
+    refused = [error for error in ended if isinstance(error, ReplayError)]
+    assert len(refused) == 1
+    assert "give another -o" in str(refused[0])
+    assert Run.open(tmp_path / "run").scan("requests").collect().height == 2
+
+
+def test_a_full_disk_ends_the_run_in_one_line_and_what_was_written_stays(make_trace, tmp_path, sim_server, monkeypatch):
+    written = []
+    append = PartWriter.append
+
+    def fill(self, frame):
+        if self._table == "requests":
+            if written:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            written.append(frame.height)
+        append(self, frame)
+
+    monkeypatch.setattr(PartWriter, "append", fill)
+    trace = make_trace(tmp_path / "trace.parquet", [(500 * i, 20, 2) for i in range(20)])
+    with pytest.raises(ReplayError, match=r"cannot be written \(No space left on device\); the run ended early"):
+        asyncio.run(run(RunOptions(trace, engine=sim_server, output=tmp_path / "run"), QuietProgress()))
+    left = Run.open(tmp_path / "run")
+    assert left.manifest["state"] == "failed"
+    assert left.scan("requests").collect().height == written[0] > 0
 
 
 def test_every_status_of_a_record_is_in_the_contract(requests):
