@@ -54,7 +54,7 @@ def _check(value: Any, shape: Any, key: str, source: str) -> None:
     if isinstance(shape, list):
         for i, item in enumerate(value):
             _check(item, shape[0], f"{key}[{i}]", source)
-    elif isinstance(shape, Mapping):
+    elif isinstance(value, Mapping):
         for name, item in value.items():
             inner = shape.get(name, shape.get("*"))
             if inner is not None and item is not None:

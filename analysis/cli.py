@@ -6,7 +6,6 @@ from typing import Annotated, Any
 
 import typer
 
-from replay.rundir import Run
 from tracegen.console import format_si, make_app, note, print_json, print_table, run_app, say
 from tracegen.errors import AnalysisError
 
@@ -43,9 +42,10 @@ def energy(
     """
     from analysis.energy import ENERGY_DIR, attribute_methods
     from analysis.evaluate import BASELINE, judge
+    from analysis.load import open_run
     from analysis.saved import save
 
-    opened = Run.open(run)
+    opened = open_run(run)
     judged = opened.has("truth")
     results = attribute_methods(opened, list(dict.fromkeys([method, *([BASELINE] if judged else [])])), scope)
     save(results[method])
@@ -54,7 +54,7 @@ def energy(
         truth = {"simulated_ground_truth": [asdict(error) for error in errors]} if judged else {}
         print_json({**results[method].summary, **truth})
         return
-    _print_energy(results[method].summary, opened)
+    _print_energy(results[method].summary, opened.name)
     if errors:
         say()
         rows = [
@@ -66,28 +66,28 @@ def energy(
     say(f"\nwrote {opened.path / ENERGY_DIR}; next: analysis buckets {run}")
 
 
-def _print_energy(summary: dict[str, Any], run: Run) -> None:
+def _print_energy(summary: dict[str, Any], name: str) -> None:
     """Where the joules went, and what that rests on."""
     measured_j = summary["measured_j"]
     window_s = summary["window"]["duration_s"]
     simulated = "SIMULATED  " if summary["simulated"] else ""
-    say(f"{simulated}{run.name}: {format_si(measured_j / 1e3, ' kJ', 4)} in {window_s:.1f} s, {summary['method']}")
+    say(f"{simulated}{name}: {format_si(measured_j / 1e3, ' kJ', 4)} in {window_s:.1f} s, {summary['method']}")
     say()
     rows = [
         [name, f"{summary[key] / 1e3:,.3f}", f"{100 * summary[key] / measured_j:.2f} %" if measured_j else "-"]
         for name, key in (
             ("prefill", "prefill_j"),
             ("decode", "decode_j"),
-            ("idle", "idle_j"),
+            ("idle (no request in the engine)", "idle_j"),
             ("other (not ours)", "other_j"),
             ("measured", "measured_j"),
         )
     ]
     print_table(["", "kJ", "share"], rows)
-    with_energy = summary["requests_with_energy"]
-    if with_energy:
-        mean_j = summary["attributed_j"] / with_energy
-        say(f"\n{format_si(mean_j, ' J', 4)} per request over {with_energy:,} of {summary['requests']:,} requests")
+    each_j = summary["energy_per_request_j"]
+    if each_j is not None:
+        answered = f"{summary['requests_averaged']:,} answered of {summary['requests']:,} requests"
+        say(f"\n{format_si(each_j, ' J', 4)} per request over {answered}")
     say(f"not accounted for: {summary['residual_j']:.3g} J; membership from {summary['membership'] or 'nothing'}")
     for fit in summary["fit"]:
         _print_fit(fit)
@@ -138,10 +138,11 @@ def buckets(
       analysis buckets RUN --by label --json
     """
     from analysis.buckets import bucket_table, parse_slo, rows_for_people
+    from analysis.load import open_run
 
     slo = parse_slo(slo_ttft, slo_tbt)
     documents = []
-    for run in [Run.open(path) for path in runs]:
+    for run in [open_run(path) for path in runs]:
         known = _ensure(run)
         table = bucket_table(run, known.requests, by, slo)
         documents.append({"run": run.name, "simulated": run.simulated, "buckets": table.to_dicts()})
@@ -149,7 +150,12 @@ def buckets(
             headings, rows = rows_for_people(table)
             print_table(headings, rows, title=f"{'SIMULATED  ' if run.simulated else ''}{run.name}")
             tokens = table["tbt_source"][0] == "tokens"
-            say(f"p50 / p90 / p99; TBT over {'all gaps between tokens' if tokens else 'the means of requests'}\n")
+            over = "all gaps between tokens" if tokens else "the means of requests"
+            say(f"p50 / p90 / p99 of answered requests; TBT over {over}")
+            say(
+                f"SLO met: of all requests, TTFT within {slo_ttft} ms (short, medium, long input) and a request's mean "
+                f"TBT within {slo_tbt:g} ms\n"
+            )
     if as_json:
         print_json(documents)
 
@@ -173,8 +179,9 @@ def compare(
     """
     from analysis.compare import FEWEST_PAIRS, bucket_rows, findings, overall_rows
     from analysis.compare import compare as compare_runs
+    from analysis.load import open_run
 
-    a, b = Run.open(run_a), Run.open(run_b)
+    a, b = open_run(run_a), open_run(run_b)
     result = compare_runs(a, b, _ensure(a), _ensure(b), paired=not unpaired, seed=seed)
     for warning in result.warnings:
         note(f"warning: {warning}")
@@ -216,6 +223,7 @@ def query(
       analysis query RUN_A RUN_B "SELECT freq_mhz, sum(energy_j) FROM requests GROUP BY freq_mhz" --format csv
       analysis query RUN "SELECT * FROM steps" --format parquet -o steps.parquet
     """
+    from analysis.load import open_run
     from analysis.query import FORMATS, as_text, save_result
     from analysis.query import query as run_query
 
@@ -228,13 +236,13 @@ def query(
         raise AnalysisError("--format parquet needs a file: -o FILE")
     if output is not None and kind == "table":
         raise AnalysisError("-o needs --format csv, json or parquet")
-    frame = run_query([Run.open(path) for path in paths], sql, note)
+    frame = run_query([open_run(path) for path in paths], sql, note)
     if output is not None:
         save_result(frame, output, kind)
         note(f"wrote {frame.height} rows to {output}")
     elif kind == "table":
         cells = [[_cell(value) for value in row] for row in frame.head(TABLE_ROWS).iter_rows()]
-        print_table(frame.columns, cells, left=sum(not d.is_numeric() for d in frame.dtypes[:1]))
+        print_table(frame.columns, cells, left=[not d.is_numeric() for d in frame.dtypes])
         if frame.height > TABLE_ROWS:
             note(f"{frame.height - TABLE_ROWS} more rows; --format csv prints all")
     else:
@@ -254,22 +262,22 @@ def report(
       analysis report RUN -o report.html
       analysis report RUN_AT_1980_MHZ RUN_AT_1200_MHZ -o clocks.html
     """
+    from analysis.load import open_run
     from analysis.report import write_report
 
-    opened = [Run.open(path) for path in runs]
+    opened = [open_run(path) for path in runs]
     write_report(opened, [_ensure(run) for run in opened], output, title)
     say(f"wrote {output} ({output.stat().st_size / 1024:,.0f} kB); open it in a browser, it needs no network")
 
 
-def _ensure(run: Run) -> Any:
+def _ensure(run: Any) -> Any:
     """The run's energy, with a remark where it was just computed or cannot be."""
     from analysis.saved import ensure_energy
 
     known = ensure_energy(run)
-    if known.fresh:
-        note(f"{run.name}: energy attributed and saved in {run.path / 'energy'}")
-    if known.why:
-        note(f"{run.name}: no energy: {known.why}")
+    remark = known.remark(run)
+    if remark:
+        note(remark)
     return known
 
 

@@ -79,7 +79,7 @@ SCOPES = ("gpu", "node")
 
 
 def open_run(path: str | Path) -> Run:
-    """The run directory at `path`, its manifest checked. Raises `RunError` when it is none or a key is of a wrong type."""
+    """The run directory at `path`. Raises `RunError` when it is none, or a key of its manifest is of a wrong type."""
     run = Run.open(path)
     check_manifest(run)
     return run

@@ -18,6 +18,9 @@ DERIVED = ("requests", "energy", "buckets", "runs")
 QUERY_TABLES = (*DERIVED, *STORED)
 EXAMPLE = "SELECT bucket, avg(energy_j) FROM requests GROUP BY bucket"
 FORMATS = ("table", "csv", "json", "parquet")
+VERBS = ("SELECT", "WITH", "SHOW")
+_ASIDE = re.compile(r"'(?:[^']|'')*'|--[^\n]*|/\*.*?\*/", re.DOTALL)  # texts and comments
+_READS = re.compile(r'\b((?:read|scan)_\w+)["`]?\s*\(', re.IGNORECASE)  # SQL's table functions
 
 
 def query(runs: Sequence[Run], sql: str, note: Callable[[str], None] | None = None) -> pl.DataFrame:
@@ -26,16 +29,31 @@ def query(runs: Sequence[Run], sql: str, note: Callable[[str], None] | None = No
     Tables: `requests` (with latencies, bucket, label and energy), `energy`, `buckets`, `runs`, and as stored `trace`,
     `steps`, `segments`, `power`, `server_metrics`, `truth`; of several runs the union, a missing table left out.
     Energy that a query needs and a run does not have yet is attributed and kept; `note` is told.
-    Raises `AnalysisError` for SQL that does not parse, or names a table or column that is not there.
+    Raises `AnalysisError` for SQL that does not parse, names a table or column that is not there, does anything but
+    ask, or reads files of its own.
     """
-    if not sql.strip():
-        raise AnalysisError(f"the query is empty; for example: {EXAMPLE}")
-    wanted = [t for t in QUERY_TABLES if re.search(rf"\b{t}\b", sql, re.IGNORECASE)]
+    verb = _check(sql)
+    wanted = [t for t in QUERY_TABLES if verb == "SHOW" or re.search(rf"\b{t}\b", sql, re.IGNORECASE)]
     tables = open_tables(runs, wanted, note or (lambda _: None))
     try:
         return pl.SQLContext(tables).execute(sql, eager=True)
     except (pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
         raise AnalysisError(_one_line(error, tables)) from None
+
+
+def _check(sql: str) -> str:
+    """The statement's first word, one of `VERBS`. Raises `AnalysisError` for another, or for a function that reads."""
+    bare = _ASIDE.sub(" ", sql)
+    words = re.findall(r"\w+", bare)
+    if not words:
+        raise AnalysisError(f"the query is empty; for example: {EXAMPLE}")
+    verb = str(words[0]).upper()
+    if verb not in VERBS:
+        raise AnalysisError(f"query: '{words[0]}' is not answered, only {', '.join(VERBS)}; for example: {EXAMPLE}")
+    reads = _READS.search(bare)
+    if reads:
+        raise AnalysisError(f"query: {reads[1]} would read a file; a query sees only the tables of the runs given")
+    return verb
 
 
 def open_tables(runs: Sequence[Run], wanted: Sequence[str], note: Callable[[str], None]) -> dict[str, pl.LazyFrame]:
@@ -46,10 +64,9 @@ def open_tables(runs: Sequence[Run], wanted: Sequence[str], note: Callable[[str]
         energy = RunEnergy(None, None)
         if set(wanted) & set(DERIVED):
             energy = ensure_energy(run)
-            if energy.fresh:
-                note(f"{name}: energy attributed and saved in {run.path / 'energy'}")
-            if energy.why:
-                note(f"{name}: no energy: {energy.why}")
+            remark = energy.remark(run)
+            if remark:
+                note(remark)
         for table in wanted:
             frame = _frame(run, table, energy)
             if frame is not None:

@@ -14,14 +14,15 @@ from analysis import figures
 from analysis.buckets import ALL, bucket_table, rows_for_people
 from analysis.compare import METRICS as COMPARED
 from analysis.compare import compare
-from analysis.load import load_run
+from analysis.latency import answered
+from analysis.load import RunData, load_run
 from analysis.query import run_names, setting
 from analysis.requests import request_table
 from analysis.saved import RunEnergy
 from analysis.series import power_series
 from replay.rundir import Run
 from tracegen.console import format_si
-from tracegen.errors import AnalysisError
+from tracegen.errors import AnalysisError, RunError
 
 PARTS = ("prefill", "decode", "idle", "other")
 METRICS = {"TTFT": "ttft_ms", "TPOT (mean TBT)": "tpot_ms", "E2E latency": "e2el_ms"}
@@ -47,6 +48,8 @@ class Subject:
     name: str
     energy: RunEnergy
     buckets: pl.DataFrame
+    data: RunData | None  # the meter's readings, or
+    unmetered: str | None  # why there are none to draw
 
     @property
     def whole(self) -> dict[str, Any]:
@@ -76,11 +79,11 @@ def write_report(runs: Sequence[Run], energies: Sequence[RunEnergy], path: Path,
 def render_report(runs: Sequence[Run], energies: Sequence[RunEnergy], title: str) -> str:
     """The page as HTML text: every text from a run is escaped, every figure is inlined."""
     subjects = [
-        Subject(run, name, energy, bucket_table(run, energy.requests))
+        Subject(run, name, energy, bucket_table(run, energy.requests), *_readings(run, energy))
         for run, name, energy in zip(runs, short_names(runs), energies, strict=True)
     ]
     metered = [s for s in subjects if s.energy.summary is not None]
-    over_time = [figure for subject in metered for figure in _over_time(subject)]
+    over_time = [figure for subject in metered for figure in _over_time(subject.name, subject.data)]
     shown = [_joules(metered), *over_time, _buckets(metered), _latency(subjects)]
     environment = Environment(loader=PackageLoader("analysis"), autoescape=True, undefined=StrictUndefined)
     environment.trim_blocks = environment.lstrip_blocks = True
@@ -186,11 +189,23 @@ def _joules(subjects: Sequence[Subject]) -> Figure | None:
     )
 
 
-def _over_time(subject: Subject) -> list[Figure]:
+def _readings(run: Run, energy: RunEnergy) -> tuple[RunData | None, str | None]:
+    """What to draw power from; a run whose energy is kept may have lost its readings since: then why."""
+    if energy.summary is None:
+        return None, None
+    try:
+        return load_run(run), None
+    except (AnalysisError, RunError) as error:
+        return None, f"power over time is not shown: {error}"
+
+
+def _over_time(name: str, data: RunData | None) -> list[Figure]:
     """Power over the window, and the busiest seconds step by step where there are step records."""
-    series = power_series(load_run(subject.run))
+    if data is None:
+        return []
+    series = power_series(data)
     whole = Figure(
-        f"Power over time: {subject.name}",
+        f"Power over time: {name}",
         f"Mean power of the engine's GPUs in bins of {series.bin_s:.2g} s, and below it the mean number of requests in "
         "the engine.",
         Markup(figures.power(series)),  # noqa: S704 - drawn here
@@ -200,7 +215,7 @@ def _over_time(subject: Subject) -> list[Figure]:
     if series.steps is None or series.steps.is_empty():
         return [whole]
     close_up = Figure(
-        f"The busiest {series.close_up_s[1] - series.close_up_s[0]:.0f} seconds: {subject.name}",
+        f"The busiest {series.close_up_s[1] - series.close_up_s[0]:.0f} seconds: {name}",
         "Above, each GPU's power readings; below, each engine step, as wide as it took and as high as the requests it "
         "served together. They share its energy, which is why a request's cost cannot be read off a meter.",
         Markup(figures.close_up(series)),  # noqa: S704 - drawn here
@@ -237,7 +252,7 @@ def _latency(subjects: Sequence[Subject]) -> Figure | None:
     frames, rows = [], []
     shares = np.linspace(0, 1, CURVE_POINTS + 1)
     for subject in subjects:
-        table = request_table(subject.run)
+        table = request_table(subject.run).filter(answered())
         for metric, column in METRICS.items():
             values = table[column].drop_nulls().to_numpy()
             values = values[values > 0]  # a logarithmic axis has no zero
@@ -249,7 +264,7 @@ def _latency(subjects: Sequence[Subject]) -> Figure | None:
         return None
     return Figure(
         "Latency",
-        "Share of requests that took at most so long, from the time of sending.",
+        "Share of answered requests that took at most so long, from the time of sending.",
         Markup(figures.latency(pl.concat(frames))),  # noqa: S704 - drawn here
         ["run", "metric, ms", "p50", "p90", "p99"],
         rows,
@@ -280,7 +295,7 @@ def _card(subject: Subject) -> dict[str, Any]:
         "simulated": subject.run.simulated,
         "settings": {key: str(value) for key, value in settings.items() if value is not None},
         "verdicts": [_verdict(v) for v in manifest.get("verdicts") or []],
-        "notes": summary.get("notes", []) + ([subject.energy.why] if subject.energy.why else []),
+        "notes": [*summary.get("notes", []), *(text for text in (subject.energy.why, subject.unmetered) if text)],
     }
 
 

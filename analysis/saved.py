@@ -15,16 +15,31 @@ from tracegen.errors import AnalysisError, RunError
 
 @dataclass(frozen=True)
 class RunEnergy:
-    """A run's energy by request and its summary, or `why` there is none; `fresh`: computed just now."""
+    """A run's energy by request and its summary, or `why` there is none.
+
+    `fresh`: computed just now; `unsaved`: why it could not be kept.
+    """
 
     requests: pl.DataFrame | None
     summary: dict[str, Any] | None
     fresh: bool = False
     why: str | None = None
+    unsaved: str | None = None
+
+    def remark(self, run: Run) -> str | None:
+        """What to tell a user who asked for something else."""
+        if self.why:
+            return f"{run.name}: no energy: {self.why}"
+        if self.unsaved:
+            return f"{run.name}: energy attributed, but not kept: {self.unsaved}"
+        return f"{run.name}: energy attributed and saved in {run.path / ENERGY_DIR}" if self.fresh else None
 
 
 def save(energy: Energy) -> None:
-    """Write `energy/requests.parquet`, `buckets.parquet` and `summary.json` into the run directory."""
+    """Write `energy/requests.parquet`, `buckets.parquet` and `summary.json` into the run directory.
+
+    Raises `AnalysisError` where the file system refuses.
+    """
     table = request_table(energy.run, energy.requests).select("request_id", "bucket", "label")
     requests = energy.requests.join(table, on="request_id", how="left", maintain_order="left")
     write_energy(energy, {"requests": requests, "buckets": bucket_table(energy.run, energy.requests)})
@@ -47,6 +62,6 @@ def ensure_energy(run: Run) -> RunEnergy:
         return RunEnergy(None, None, why=str(error))
     try:
         save(energy)
-    except PermissionError:
-        return RunEnergy(energy.requests, energy.summary)  # a run that may only be read is still answered
+    except AnalysisError as error:  # a run that may only be read is still answered
+        return RunEnergy(energy.requests, energy.summary, fresh=True, unsaved=str(error))
     return RunEnergy(energy.requests, energy.summary, fresh=True)

@@ -49,7 +49,7 @@ def summarize(
         float(np.sum([getattr(part, name) for part in parts])) for name in ("measured_j", "idle_j", "other_j")
     )
     attributed_j = float(frame["energy_j"].sum())
-    served = data.requests.join(frame, on="request_id", how="left").filter(answered())
+    served = data.requests.join(frame, on="request_id", how="left").filter(answered()).drop_nulls("energy_j")
     each_j = served["energy_j"].mean()
     notes = [*data.notes, *_notes(data, parts, frame, unknown)]
     memberships = sorted({p.membership for p in parts if p.membership})
@@ -63,7 +63,7 @@ def summarize(
         "window": {"start_ns": data.window_ns[0], "end_ns": data.window_ns[1], "duration_s": data.duration_s},
         "requests": frame.height,
         "requests_with_energy": ran,
-        "requests_answered": served.height,
+        "requests_averaged": served.height,
         "energy_per_request_j": each_j if isinstance(each_j, float) else None,
         "measured_j": measured_j,
         "attributed_j": attributed_j,
@@ -90,7 +90,7 @@ def _notes(data: RunData, parts: list[InstanceEnergy], frame: pl.DataFrame, unkn
         kinds = ", ".join(f"{count} {status}" for status, count in counts.reverse().iter_rows())
         notes.append(
             f"{failed.height} of {frame.height} requests were not ok ({kinds}); "
-            f"{format_si(failed['energy_j'].sum(), ' J', 4)} of prefill and decode went into them"
+            f"{format_si(float(failed['energy_j'].sum()), ' J', 4)} of prefill and decode went into them"
         )
     lost = sum(part.unrecorded for part in parts)
     if lost:

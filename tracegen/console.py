@@ -75,7 +75,7 @@ def print_json(document: Any) -> None:
 def print_table(
     columns: Sequence[str], rows: Sequence[Sequence[str]], *, title: str | None = None, left: int | Sequence[bool] = 1
 ) -> None:
-    """Print `rows` under `columns`; the first `left` columns, or those marked, are text, the rest numbers at the right."""
+    """Print `rows` under `columns`; the first `left` columns, or those marked, are text, the rest numbers."""
     text = [i < left for i in range(len(columns))] if isinstance(left, int) else left
     table = Table(box=None, pad_edge=False, header_style="bold")
     for i, name in enumerate(columns):

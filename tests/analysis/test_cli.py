@@ -1,5 +1,6 @@
 """The command line: what it prints, what it refuses, and that it refuses in one line."""
 
+import errno
 import json
 import sys
 
@@ -78,6 +79,38 @@ def test_the_tables_for_people(cli, run_of):
     assert "SIMULATED  A: a" in out
 
 
+def test_where_energy_cannot_be_kept_others_go_on_and_energy_says_so(cli, run_of, tmp_path, monkeypatch):
+    run = run_of()
+
+    def full(*_, **__):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr("analysis.energy.write_parquet", full)
+    sql = "SELECT avg(energy_j) AS j FROM requests"
+    for args in (["buckets", run.path], ["query", run.path, sql], ["report", run.path, "-o", tmp_path / "r.html"]):
+        code, out, err = cli(*args)
+        assert code == 0
+        assert out
+        assert "energy attributed, but not kept" in err
+        assert "Read-only file system" in err
+    code, out, err = cli("energy", run.path)
+    assert code == 2
+    assert err.startswith(f"error: {run.path / 'energy'}: cannot be written (Read-only file system)")
+    assert not list((run.path / "energy").iterdir())
+
+
+def test_text_columns_of_a_query_stand_at_the_left(cli, run_of):
+    out = cli("query", run_of().path, "SELECT 1 AS a, 'x' AS a_long_heading, 2 AS another_heading")[1]
+    head, row = out.splitlines()
+    assert row.index("x") == head.index("a_long_heading")
+    assert len(row.rstrip()) == len(head.rstrip())
+
+
+def test_slo_says_whose_tbt_it_is(cli, run_of):
+    out = cli("buckets", run_of().path, "--slo-tbt", "75")[1]
+    assert "a request's mean TBT within 75 ms" in out
+
+
 def test_query_in_every_format(cli, run_of, tmp_path):
     run = run_of()
     sql = "SELECT bucket, avg(energy_j) AS j FROM requests GROUP BY bucket ORDER BY bucket"
@@ -106,7 +139,7 @@ def test_report_writes_a_page(cli, run_of, tmp_path):
         (["energy", "NO_POWER"], "has no power samples"),
         (["buckets", "RUN", "--by", "colour"], "cannot group by 'colour'"),
         (["buckets", "RUN", "--slo-ttft", "x"], "three positive numbers"),
-        (["query", "RUN", "SELEC"], "sql parser error"),
+        (["query", "RUN", "SELEC"], "only SELECT, WITH, SHOW"),
         (["query", "SELECT 1"], "at least one run directory"),
         (["query", "RUN", "SELECT 1 AS a", "--format", "xml"], "use one of table, csv, json, parquet"),
         (["query", "RUN", "SELECT 1 AS a", "--format", "parquet"], "needs a file"),

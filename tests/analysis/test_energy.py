@@ -12,6 +12,7 @@ from analysis.evaluate import BASELINE, evaluate, judge
 from analysis.saved import ensure_energy, save
 from analysis.split import METHODS
 from replay.rundir import PartWriter, Run
+from tracegen.console import format_si
 from tracegen.errors import AnalysisError
 
 
@@ -219,6 +220,36 @@ def test_a_running_or_killed_run_in_parts_can_be_read(run_of, rewrite):
     assert_conserved(energy)
     assert any("measure_end_ns is missing" in text for text in energy.summary["notes"])
     assert energy.summary["window"]["duration_s"] < 20.1
+
+
+def test_an_unfinished_run_says_so_and_whose_work_other_is(run_of, rewrite):
+    run = run_of()
+    plain = attribute(run).requests
+    requests = run.scan("requests").collect()
+    kept = requests.head(requests.height - 5)
+    verdicts = [{"name": "all_answered", "ok": False}, {"name": "clocks_held", "ok": True}]
+    planned = {"planned": requests.height}
+    energy = attribute(rewrite(run, {"state": "interrupted", "verdicts": verdicts, "requests": planned}, requests=kept))
+    assert_conserved(energy)
+    lost_j = plain.filter(~pl.col("request_id").is_in(kept["request_id"].implode()))["energy_j"].sum()
+    assert energy.summary["other_j"] == pytest.approx(lost_j, rel=1e-6)
+    assert energy.summary["notes"] == [
+        f"the run is not complete (state: interrupted): {kept.height} of {requests.height} planned requests recorded",
+        "the run failed its verdicts all_answered",
+        f"{format_si(lost_j, ' J', 4)} of other are 5 requests of the trace whose end was not recorded",
+    ]
+
+
+def test_a_meter_at_odds_with_itself_is_said_once_for_all_gpus(run_of, rewrite):
+    run = run_of()
+    doubled = run.scan("power").with_columns(pl.col("power_instant_mw") * 2).collect()
+    gpus = "gpu 0 on node, gpu 1 on node"
+    (note,) = attribute(rewrite(run, power=doubled)).summary["notes"]
+    assert note.startswith(f"{gpus}: power samples come to +")
+    middle = run.manifest["measure_start_ns"] + 20_000_000_000
+    frozen = pl.when(pl.col("t_ns") < middle).then("energy_mj").forward_fill().over("gpu").alias("energy_mj")
+    (note,) = attribute(rewrite(run, power=run.scan("power").with_columns(frozen).collect())).summary["notes"]
+    assert note.startswith(f"{gpus}: energy from instant samples: the counter stands still from 20 s on")
 
 
 def test_without_measure_times_the_window_is_first_send_to_last_done(run_of, rewrite):

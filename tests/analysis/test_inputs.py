@@ -6,6 +6,7 @@ import polars as pl
 import pytest
 
 from analysis.energy import attribute
+from analysis.load import open_run
 from replay.rundir import Run
 from tracegen.errors import AnalysisError, RunError, WattraceError
 
@@ -72,6 +73,17 @@ def test_a_wrong_table_is_named_with_what_is_wrong(run_of, rewrite, table, chang
         ({"instances": [{"host": "node"}]}, "has no key 'instance'"),
         ({"instances": [{"instance": 0, "gpus": []}]}, "instance 0 names no 'gpus'"),
         ({"measure_start_ns": 10, "measure_end_ns": 5}, "measure_end_ns is not after measure_start_ns"),
+        ({"instances": [{"instance": "x", "gpus": "abc"}]}, "key 'instances[0].instance' is 'x', not a whole number"),
+        ({"instances": [{"instance": 0, "gpus": ["a"]}]}, "key 'instances[0].gpus[0]' is 'a', not a whole number"),
+        ({"instances": 3}, "key 'instances' is '3', not a list"),
+        ({"instances": [None]}, "key 'instances[0]' is 'None', not an object"),
+        ({"gpus": "none"}, "key 'gpus' is 'none', not a list"),
+        ({"gpus": [{"gpu": 0, "idle_power_w": {"counter": "low"}}]}, "key 'gpus[0].idle_power_w.counter' is 'low'"),
+        ({"gpus": [{"gpu": 0, "sensors": {"instant": 5}}]}, "key 'gpus[0].sensors.instant' is '5', not an object"),
+        ({"hosts": 5}, "key 'hosts' is '5', not a list"),
+        ({"workers": [{"worker": True}]}, "key 'workers[0].worker' is 'True', not a whole number"),
+        ({"measure_start_ns": "abc"}, "key 'measure_start_ns' is 'abc', not a whole number"),
+        ({"verdicts": ["bad"]}, "key 'verdicts[0]' is 'bad', not an object"),
         ({"schema_version": "2.0"}, "is newer than this program's"),
     ],
 )
@@ -82,6 +94,48 @@ def test_a_wrong_manifest_is_named_with_its_key(run_of, rewrite, manifest, words
     with pytest.raises(WattraceError) as error:
         attribute(Run.open(run.path))
     assert words in one_line(error.value)
+    assert "manifest.json" in str(error.value)
+
+
+def test_the_manifest_is_checked_where_a_run_is_opened(run_of):
+    run = run_of()
+    (run.path / "manifest.json").write_text(json.dumps({**run.manifest, "instances": ["a"]}))
+    with pytest.raises(RunError, match=r"key 'instances\[0\]'"):
+        open_run(run.path)
+
+
+def test_a_segment_beyond_the_steps_is_an_error_of_a_complete_run_and_a_remark_on_a_partial_one(run_of, rewrite):
+    run = run_of()
+    steps = run.scan("steps").collect()
+    cut = steps.head(steps.height - 40)
+    beyond = run.scan("segments").collect()["last_step"] > cut["step"].max()
+    with pytest.raises(RunError) as error:
+        attribute(rewrite(run, steps=cut))
+    assert f"segments.parquet: row {beyond.arg_max()}, column 'last_step': " in one_line(error.value)
+    energy = attribute(rewrite(run, {"state": "failed"}))
+    assert f"{beyond.sum()} segments reach beyond the last engine step recorded" in " ".join(energy.summary["notes"])
+
+
+def test_a_request_twice_in_one_step_is_named_with_its_row(run_of, rewrite):
+    run = run_of()
+    segments = run.scan("segments").collect()
+    again = segments.row(7, named=True)
+    double = pl.concat([segments, segments.slice(7, 1)])
+    with pytest.raises(RunError) as error:
+        attribute(rewrite(run, segments=double))
+    words = (
+        f"row {segments.height}, column 'first_step': request {again['request_id']} is in step {again['first_step']}"
+    )
+    assert words in one_line(error.value)
+
+
+def test_holes_in_the_readings_are_said_once_for_all_gpus(run_of, rewrite):
+    run = run_of()
+    start = run.manifest["measure_start_ns"]
+    outside = ~pl.col("t_ns").is_between(start + 12_000_000_000, start + 15_000_000_000)
+    notes = attribute(rewrite(run, power=run.scan("power").filter(outside).collect())).summary["notes"]
+    said = "no power reading for 3.0 s at 12 s, among 1 holes of more than 0.5 s"
+    assert notes == [f"gpu 0 on node, gpu 1 on node: {said}"]
 
 
 @pytest.mark.parametrize(("method", "scope"), [("magic", "gpu"), ("shapley", "room")])

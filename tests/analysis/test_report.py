@@ -2,6 +2,7 @@
 
 from html.parser import HTMLParser
 
+import polars as pl
 import pytest
 
 from analysis.report import headlines, render_report, write_report
@@ -103,6 +104,24 @@ def test_a_run_without_energy_is_reported_with_the_reason(run_of, rewrite):
     assert "no energy" in page.text
     assert "has no power samples" in page.text
     assert page.tags.count("figure") == 1
+
+
+def test_kept_energy_outlives_the_readings_without_a_picture_of_power(run_of, rewrite):
+    run = run_of()
+    known = ensure_energy(run)
+    (run.path / "power.parquet").unlink()
+    page = Page(rendered(run))
+    assert f"A request cost {known.requests['energy_j'].mean():.3g} J on average" in page.text
+    assert "power over time is not shown: " in page.text
+    assert "has no power samples" in page.text
+    assert page.tags.count("figure") == 3  # joules, buckets, latency
+
+
+def test_latency_curves_leave_out_what_failed(run_of, rewrite):
+    run = run_of()
+    requests = run.scan("requests").with_columns(pl.lit("aborted").alias("status")).collect()
+    page = Page(rendered(rewrite(run, requests=requests)))
+    assert "that took at most so long" not in page.text
 
 
 def test_an_attached_server_has_no_close_up(run_of, rewrite):

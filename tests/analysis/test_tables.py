@@ -98,7 +98,52 @@ def test_slo_counts_failures_as_missed_and_x_as_long(run_of, rewrite):
     assert share == pytest.approx((request_table(failed)["status"] == "ok").mean())
     headings, cells = rows_for_people(bucket_table(failed, None))
     assert len(headings) == len(cells[0])
-    assert "failed" in cells[-1][1]
+    ok = (request_table(failed)["status"] == "ok").sum()
+    assert cells[-1][1] == f"{ok} ok of {request_table(failed).height}"
+
+
+def failing(run, rewrite, status="aborted"):
+    """`run` with every second request failed after a quick first token, without a count of its tokens."""
+    odd = pl.col("request_id") % 2 == 1
+    quick = pl.when(odd).then(pl.col("sent_ns") + 1).otherwise
+    requests = run.scan("requests").with_columns(
+        pl.when(odd).then(pl.lit(status)).otherwise("status").alias("status"),
+        pl.when(~odd).then("output_tokens").alias("output_tokens"),
+        quick("first_token_ns").alias("first_token_ns"),
+        quick("last_token_ns").alias("last_token_ns"),
+    )
+    return rewrite(run, requests=requests.collect())
+
+
+def test_a_request_that_failed_is_not_fast_and_its_joules_are_no_tokens(run_of, rewrite):
+    run = failing(run_of(), rewrite)
+    energy = attribute(run)
+    whole = bucket_table(run, energy.requests).row(-1, named=True)
+    served = request_table(run, energy.requests).filter(pl.col("status") == "ok")
+    assert whole["ttft_ms_p50"] == pytest.approx(served["ttft_ms"].quantile(0.5, "linear"))
+    assert whole["e2el_ms_p90"] == pytest.approx(served["e2el_ms"].quantile(0.9, "linear"))
+    assert whole["tbt_ms_p50"] == pytest.approx(served["tpot_ms"].quantile(0.5, "linear"))
+    assert whole["energy_per_request_j"] == pytest.approx(served["energy_j"].mean())
+    joules, tokens = served["energy_j"].sum(), served["output_tokens"].sum()
+    assert whole["energy_per_output_token_j"] == pytest.approx(joules / tokens)
+    assert energy.summary["energy_per_request_j"] == pytest.approx(served["energy_j"].mean())
+    failed = energy.requests.height - served.height
+    assert any(
+        f"{failed} of {energy.requests.height} requests were not ok ({failed} aborted)" in n
+        for n in energy.summary["notes"]
+    )
+
+
+def test_an_answer_of_another_length_is_an_answer_and_unknown_tokens_take_their_joules_along(run_of, rewrite):
+    run = failing(run_of(), rewrite, status="length_mismatch")
+    energy = attribute(run).requests
+    whole = bucket_table(run, energy).row(-1, named=True)
+    rows = request_table(run, energy)
+    assert whole["requests_with_energy"] == rows.height
+    counted = rows.drop_nulls("output_tokens")
+    assert whole["energy_per_output_token_j"] == pytest.approx(
+        counted["energy_j"].sum() / counted["output_tokens"].sum()
+    )
 
 
 @pytest.mark.parametrize("text", ["", "a,b,c", "1,2", "0,1,2"])
@@ -196,13 +241,25 @@ def test_a_query_without_energy_still_has_latencies(run_of, rewrite):
     assert "has no power samples" in notes[0]
 
 
+def test_what_only_looks_like_reading_files_is_answered(run_of):
+    run = run_of()
+    sql = "-- read_csv(\n(SELECT 'read_csv(' AS name, count(*) AS n FROM steps)"
+    assert query([run], sql)["name"].to_list() == ["read_csv("]
+    assert "segments" in query([run], "SHOW TABLES")["name"].to_list()
+
+
 @pytest.mark.parametrize(
     ("sql", "words"),
     [
         ("SELECT nope FROM requests", "column 'nope' is not there; requests has request_id"),
         ("SELECT * FROM nope", "table 'nope': there is no such table; tables are requests, energy"),
         ("SELECT * FROM server_metrics", "table 'server_metrics': no run given has it"),
-        ("SELEC 1", "sql parser error"),
+        ("SELEC 1", "'SELEC' is not answered, only SELECT, WITH, SHOW"),
+        ("SELECT (1", "sql parser error"),
+        ("DROP TABLE requests", "'DROP' is not answered"),
+        ("/* SELECT */ truncate TABLE requests", "'truncate' is not answered"),
+        ("SELECT * FROM read_csv('/etc/hostname')", "read_csv would read a file"),
+        ("WITH a AS (SELECT * FROM \"READ_PARQUET\" ('x')) SELECT * FROM a", "READ_PARQUET would read a file"),
         ("", "the query is empty"),
         ("SELECT nope(energy_j) FROM requests", "unsupported function"),
     ],

@@ -72,6 +72,60 @@ def test_an_unsound_counter_gives_way_to_the_samples_and_says_why(counter_j, why
     assert line.curve.between(0, 5) == pytest.approx(50.0)
 
 
+SENSORS = {"instant": {"period_ns": 1e8, "window_ns": 2.5e7, "lag_ns": 0}}
+
+
+def polled(duration_s=20.0):
+    """Polls every 23 ms of a sensor that updates every 100 ms, 37 ms after the full tenth."""
+    t_s = np.arange(0, duration_s, 0.023)
+    sensor_s = np.floor((t_s - 0.037) / 0.1) * 0.1 + 0.037
+    return t_s, sensor_s, 200 + 100 * np.sin(sensor_s)
+
+
+def test_first_polls_without_a_sensor_time_leave_the_others_dated():
+    t_s, sensor_s, watts = polled()
+    undated = np.where((t_s < 0.1) | (np.arange(t_s.size) % 50 == 7), np.nan, sensor_s)  # as the sampler begins
+    line = timeline(gpu(t_s, sensor_s=undated, instant_w=watts, sensors=SENSORS), 19.0)
+    exact = np.unique(sensor_s)
+    off_s = np.abs(line.windows.end_s[:, None] - exact[None, :]).min(axis=1)
+    assert off_s.max() < 1e-9
+    assert line.windows.end_s.size > 0.95 * exact.size
+    np.testing.assert_allclose(line.windows.watts, 200 + 100 * np.sin(line.windows.end_s), rtol=1e-6)
+    all_dated = timeline(gpu(t_s, sensor_s=sensor_s, instant_w=watts, sensors=SENSORS), 19.0)
+    assert line.curve.between(1, 18) == pytest.approx(all_dated.curve.between(1, 18), rel=2e-3)
+
+
+def test_too_few_dates_are_as_good_as_none():
+    t_s, sensor_s, watts = polled()
+    few = gpu(t_s, sensor_s=np.where(t_s > 18, sensor_s, np.nan), instant_w=watts, sensors=SENSORS)
+    assert timeline(few, 19.0).windows.end_s.size > 150  # all changes, not the last second's
+
+
+@pytest.mark.parametrize(
+    ("frozen_s", "why"),
+    [
+        ((30.0, 99.0), "stands still from 30 s on, in a window of 60 s"),
+        ((-9.0, 30.0), "first moves 30 s into the window of 60 s"),
+        ((20.0, 24.0), "stands still for 4 s at 20 s"),
+    ],
+)
+def test_a_frozen_counter_gives_way_to_the_samples_and_no_joule_is_made_up(frozen_s, why):
+    t_s = np.arange(-2, 61, 0.1)
+    true_j = 100 * (t_s + 2)
+    counter_j = np.where((t_s > frozen_s[0]) & (t_s < frozen_s[1]), 100 * (max(frozen_s[0], -2) + 2), true_j)
+    watts = np.where(t_s > 30, 500.0, 100.0)
+    line = timeline(gpu(t_s, counter_j=np.maximum.accumulate(counter_j), instant_w=watts), 60.0)
+    assert line.curve.source == "instant"
+    assert line.why == why
+    assert line.curve.between(0, 60) == pytest.approx(30 * 100 + 30 * 500, rel=0.01)
+
+
+def test_a_counter_that_stands_still_outside_the_window_is_sound():
+    t_s = np.arange(-20, 61, 0.1)
+    line = timeline(gpu(t_s, counter_j=100 * np.maximum(t_s + 3, 0), instant_w=np.full(t_s.size, 100.0)), 60.0)
+    assert line.curve.source == "counter"
+
+
 def test_nulls_between_readings_leave_the_counter_sound():
     t_s = np.arange(0, 20, 0.1)
     counter_j = 100 * t_s
