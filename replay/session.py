@@ -7,14 +7,12 @@ way out. Until the first request is due, an error leaves no run directory.
 
 import asyncio
 import contextlib
-import gc
 import math
 import os
 import shutil
 import signal
-from collections import deque
-from collections.abc import AsyncIterator, Coroutine, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import Sequence
+from contextlib import AsyncExitStack
 from dataclasses import asdict, dataclass, field
 from hashlib import blake2b
 from pathlib import Path
@@ -38,7 +36,7 @@ from replay.gpu.baseline import idle_power_w
 from replay.gpu.clocks import ClockLock, nearest_clock
 from replay.gpu.sampler import Sampler
 from replay.gpu.sim import SimBoard
-from replay.live import Progress, Snapshot
+from replay.live import Progress
 from replay.manifest import anchor, first_manifest, host
 from replay.metrics import scrape
 from replay.plan import Plan, RunOptions, fit_lengths, make_plan
@@ -46,13 +44,13 @@ from replay.prompts import completion_body, prompt_ids
 from replay.records import RecordStore
 from replay.rundir import MANIFEST, scan_table, write_manifest
 from replay.sim.hardware import Hardware, load_profile
+from replay.watchers import background, no_garbage_collection, show
 from tracegen.errors import GpuError, ReplayError, WattraceError
 from tracegen.schema import read_metadata, write_trace
 
 _LEAD_NS = NS_PER_S // 2  # between the decision to start and the first scheduled time
 _SETTLE_NS = NS_PER_S // 2  # between the last work and the idle baseline
 _REDRAW_S = 0.25
-_RATE_S = 5.0  # the live token rate looks back so far
 _EXIT_INTERRUPTED = 130
 _BOARD = ".board"  # the simulated driver's file, for as long as the run lasts
 
@@ -292,6 +290,7 @@ async def _measure(
     options = plan.options
     store = RecordStore(plan.run_dir, save_chunks=options.save_chunks)
     epoch_ns = now_ns() + _LEAD_NS
+    schedule_ns = (epoch_ns + state.trace["arrival_ns"]).to_list()
     state.manifest |= {"state": "running", "measure_start_ns": epoch_ns}
     state.manifest["clock_anchors"].append(anchor())
     write_manifest(plan.run_dir, state.manifest)
@@ -301,18 +300,18 @@ async def _measure(
     connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=4, ttl_dns_cache=3600)
     async with aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout()) as session:
         client = CompletionsClient(session, served.base_url, options.request_timeout_s)
-        sending = asyncio.create_task(_send_all(plan, state, served, client, store, epoch_ns))
+        sending = asyncio.create_task(_send_all(plan, state, served, client, store, schedule_ns))
         state.cancel = sending
         watchers = [
             stalls.run(),
             store.flush_forever(),
             scrape(session, served.base_url, plan.run_dir, 0),
             _watch(engine, sending, state),
-            _show(state, store, sampler, epoch_ns, progress),
+            show(schedule_ns, state.manifest["instances"][0]["gpus"], store, sampler, progress),
         ]
         try:
-            with _no_garbage_collection():
-                async with _background(watchers, sending):
+            with no_garbage_collection():
+                async with background(watchers, sending):
                     with contextlib.suppress(asyncio.CancelledError):
                         await sending
             await store.flush()
@@ -344,11 +343,10 @@ async def _measure(
 
 
 async def _send_all(
-    plan: Plan, state: _State, served: Served, client: CompletionsClient, store: RecordStore, epoch_ns: int
+    plan: Plan, state: _State, served: Served, client: CompletionsClient, store: RecordStore, schedule_ns: list[int]
 ) -> None:
     """Dispatch every request at its time and wait for all answers; cancelled, abort what is in flight."""
     options, rows = plan.options, state.trace.rows(named=True)
-    scheduled_ns = [epoch_ns + row["arrival_ns"] for row in rows]
     salt = int.from_bytes(blake2b(state.manifest["run_id"].encode(), digest_size=8).digest())
     caps = Caps(options.max_concurrency, options.max_rate_rps)
 
@@ -361,7 +359,7 @@ async def _send_all(
 
     async def send(i: int, body: bytes) -> None:
         row = rows[i]
-        record = Record(row["request_id"], 0, scheduled_ns[i], row["output_tokens"])
+        record = Record(row["request_id"], 0, schedule_ns[i], row["output_tokens"])
         try:
             async with caps.open():
                 store.start(record)
@@ -369,44 +367,7 @@ async def _send_all(
         finally:
             store.end(record)
 
-    await dispatch(scheduled_ns, prepare, send)
-
-
-@contextlib.contextmanager
-def _no_garbage_collection() -> Any:
-    """No collector pauses while requests are timed; reference counting goes on."""
-    gc.collect()
-    gc.freeze()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
-        gc.unfreeze()
-
-
-@asynccontextmanager
-async def _background(
-    coroutines: Sequence[Coroutine[Any, Any, None]], sending: asyncio.Task[None]
-) -> AsyncIterator[None]:
-    """Run `coroutines` beside the sending; one that fails is a bug and ends it."""
-    tasks = [asyncio.create_task(coroutine) for coroutine in coroutines]
-
-    def ended(task: asyncio.Task[None]) -> None:
-        if not task.cancelled() and task.exception() is not None:
-            sending.cancel()
-
-    for task in tasks:
-        task.add_done_callback(ended)
-    try:
-        yield
-    finally:
-        for task in tasks:
-            task.cancel()
-        results = await asyncio.gather(*tasks, return_exceptions=True)
-    for result in results:
-        if isinstance(result, Exception):
-            raise result
+    await dispatch(schedule_ns, prepare, send)
 
 
 async def _watch(engine: Engine, sending: asyncio.Task[None], state: _State) -> None:
@@ -416,36 +377,3 @@ async def _watch(engine: Engine, sending: asyncio.Task[None], state: _State) -> 
     state.engine_died = True
     sending.cancel()
     await asyncio.Event().wait()
-
-
-async def _show(state: _State, store: RecordStore, sampler: Sampler | None, epoch_ns: int, progress: Progress) -> None:
-    """Keep the progress fresh."""
-    planned_ns = int(state.trace["arrival_ns"][-1])
-    serving = state.manifest["instances"][0]["gpus"]
-    tokens: deque[tuple[int, int]] = deque(maxlen=1 + round(_RATE_S / _REDRAW_S))
-    while True:
-        t_ns = now_ns()
-        recent = list(store.recent)
-        lags = [r.sent_ns - r.scheduled_ns for r in recent if r.sent_ns is not None]
-        ttfts = [r.first_token_ns - r.sent_ns for r in recent if r.first_token_ns and r.sent_ns]
-        status = sampler.status if sampler is not None else None
-        watts = [w for gpu in serving if status and (w := status.watts.get(gpu)) is not None]
-        clocks = {status.clocks_mhz.get(gpu) for gpu in serving} if status else set()
-        tokens.append((t_ns, store.output_tokens()))
-        (old_ns, old), (new_ns, new) = tokens[0], tokens[-1]
-        rate = (new - old) / ((new_ns - old_ns) / NS_PER_S) if new_ns > old_ns else None
-        progress.update(
-            Snapshot(
-                elapsed_ns=max(0, t_ns - epoch_ns), planned_ns=planned_ns, planned=state.trace.height,
-                sent=store.sent, ended=store.ended, errors=store.errors,
-                lag_p50_ns=_percentile(lags, 0.5), lag_p99_ns=_percentile(lags, 0.99),
-                ttft_p50_ns=_percentile(ttfts, 0.5), ttft_p99_ns=_percentile(ttfts, 0.99),
-                output_tokens_per_s=rate, watts=sum(watts) if watts else None,
-                clock_mhz=clocks.pop() if len(clocks) == 1 else None,
-            )
-        )  # fmt: skip
-        await asyncio.sleep(_REDRAW_S)
-
-
-def _percentile(values: list[int], q: float) -> float | None:
-    return float(sorted(values)[min(len(values) - 1, int(q * len(values)))]) if values else None

@@ -252,7 +252,7 @@ def test_prefix_hashes_are_sent_as_shared_blocks(make_trace, replay, tmp_path, s
     assert first[32:] != second[32:]
 
 
-@pytest.mark.parametrize("broken", ["_show", "scrape", "_watch"])
+@pytest.mark.parametrize("broken", ["show", "scrape", "_watch"])
 def test_a_bug_beside_the_sending_comes_out(make_trace, tmp_path, sim_server, monkeypatch, broken):
     async def bug(*_):
         raise ZeroDivisionError
