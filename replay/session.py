@@ -66,7 +66,6 @@ class _State:
     engine_died: bool = False
     gpu_spec: str | None = None
     locked_mhz: int | None = None
-    idle_before: tuple[int, int] | None = None
     failure: Exception | None = None  # what ended the run, beside an interruption or the engine's death
     late_ns: list[int] = field(default_factory=list)
 
@@ -201,8 +200,7 @@ async def _prepare(
             "idle power is not measured (--idle 0): energy can be attributed only if the run has idle stretches"
         )
     if sampler is not None:
-        state.idle_before = await _idle(options.idle_ns, sampler, progress, "before")
-        _record_idle(plan, state, "idle_power_w", state.idle_before)
+        _record_idle(plan, state, "idle_power_w", await _idle(options.idle_ns, sampler, progress, "before"))
     return engine, served, sampler
 
 
@@ -244,7 +242,7 @@ def _make_engine(plan: Plan, hardware: Hardware | None, port: int, uuids: Sequen
             plan.model or "", plan.tp, uuids, port, options.vllm_python, options.vllm_args,
             plan.run_dir / "server.log", options.ready_timeout_s, progress.status,
         )  # fmt: skip
-    return AttachedEngine(options.engine, options.model, timeout_s=10.0, exact=options.exact)
+    return AttachedEngine(options.engine, options.model, timeout_s=10.0)
 
 
 def _take_served(plan: Plan, state: _State, served: Served, progress: Progress) -> None:

@@ -4,7 +4,7 @@ import io
 import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import typer
@@ -96,8 +96,3 @@ def format_si(value: float | None, unit: str = "", digits: int = 3) -> str:
         return "-"
     text = f"{value:.{digits}g}"
     return f"{value:,.0f}{unit}" if "e+" in text or abs(value) >= 10**digits else f"{text}{unit}"
-
-
-def flatten(document: Mapping[str, Any]) -> dict[str, str]:
-    """A mapping's values as JSON text, as Parquet file metadata stores them."""
-    return {key: json.dumps(value, sort_keys=True) for key, value in document.items()}

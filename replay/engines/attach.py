@@ -50,12 +50,11 @@ class AttachedEngine:
 
     kind = "attached"
 
-    def __init__(self, url: str, model: str | None, timeout_s: float, *, exact: bool = True) -> None:
+    def __init__(self, url: str, model: str | None, timeout_s: float) -> None:
         """`url` with or without `/v1`; `timeout_s` bounds the first question."""
         self._base_url = url.rstrip("/").removesuffix("/v1")
         self._model = model
         self._timeout_s = timeout_s
-        self.exact = exact
 
     async def __aenter__(self) -> Self:
         """Nothing to start."""

@@ -21,7 +21,6 @@ class Engine(Protocol):
     """A server for the length of a run, as an async context; leaving it ends what it started."""
 
     kind: str  # `simulated`, `vllm` or `attached`
-    exact: bool  # whether the server takes vLLM's ignore_eos, min_tokens and continuous usage
 
     async def __aenter__(self) -> Self:
         """Start the server, if it is ours to start."""

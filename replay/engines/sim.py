@@ -19,7 +19,6 @@ class SimEngine:
     """`replay.engines.base.Engine` for the simulated engine."""
 
     kind = "simulated"
-    exact = True
 
     def __init__(
         self,

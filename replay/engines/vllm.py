@@ -24,7 +24,6 @@ class VllmEngine:
     """`replay.engines.base.Engine` for vLLM."""
 
     kind = "vllm"
-    exact = True
 
     def __init__(
         self,
