@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 from replay.gpu.sim import SimBoard
 from replay.sim.hardware import Hardware
 from replay.sim.metrics import Metrics
-from replay.sim.recorder import Recorder
 from replay.sim.scheduler import Batch, Request, Scheduler
+from replay.steps import StepWriter
 
 _NS_PER_S = 1_000_000_000
 _IDLE_POLL_S = 0.05  # how often an idle engine looks for a changed clock
@@ -42,7 +42,7 @@ class Engine:
         hardware: Hardware,
         board: SimBoard,
         gpus: Sequence[int],
-        recorder: Recorder,
+        recorder: StepWriter,
         *,
         sleep_until_ns: Callable[[int], Awaitable[None]],
         now_ns: Callable[[], int] = time.monotonic_ns,
@@ -107,7 +107,7 @@ class Engine:
                 clock_mhz = min(self._board.clock_mhz(gpu) for gpu in self._gpus)  # the group runs in lock step
                 end_ns = self._begin(batch, start_ns, clock_mhz)
                 await self._sleep_until_ns(end_ns)
-                self._recorder.add(start_ns, end_ns, clock_mhz, batch)
+                self._recorder.add(start_ns, end_ns, batch.work, batch.parts, batch.waiting, batch.kv_usage, clock_mhz)
                 self._hand_out(batch, end_ns)
                 self._free_ns = end_ns
         finally:

@@ -9,11 +9,10 @@ There is no prefix cache.
 
 from collections import deque
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from replay.sim.hardware import Work
-
-Kind = Literal["prefill", "decode"]
+from replay.steps import Kind, totals
 
 
 @dataclass(eq=False, slots=True)
@@ -128,7 +127,7 @@ class Scheduler:
         # As in vLLM, a step that preempted admits nobody: the blocks just freed are wanted by those who run.
         if self.preemptions == preemptions_before:
             self._admit(parts, budget_tokens)
-        return Batch(parts, _totals(parts), self.waiting, self.kv_usage)
+        return Batch(parts, Work(*totals(parts)), self.waiting, self.kv_usage)
 
     def complete(self, batch: Batch) -> list[Request]:
         """Advance past `batch`; return the requests that got a token, `finished` ones already gone from the engine.
@@ -194,16 +193,3 @@ def _part(request: Request, tokens: int) -> Scheduled:
     context_tokens = request.computed_tokens
     kind: Kind = "prefill" if context_tokens < request.prefill_until_tokens else "decode"
     return Scheduled(request, kind, tokens, context_tokens)
-
-
-def _totals(parts: list[Scheduled]) -> Work[float]:
-    """The totals of a step, as in `steps.parquet`."""
-    prefill_tokens = decode_tokens = context_tokens = attention_doubled = 0
-    for _, kind, tokens, context in parts:
-        if kind == "prefill":
-            prefill_tokens += tokens
-            attention_doubled += tokens * (2 * context + tokens)
-        else:
-            decode_tokens += tokens
-            context_tokens += context
-    return Work(prefill_tokens, decode_tokens, context_tokens, attention_doubled / 2)

@@ -24,8 +24,8 @@ from replay.sim.api import Answer, ApiError, Completion, parse_completion
 from replay.sim.engine import Engine, Stream
 from replay.sim.hardware import Hardware, Profile, load_profile
 from replay.sim.metrics import render
-from replay.sim.recorder import Recorder
 from replay.sim.scheduler import Request, Scheduler
+from replay.steps import SIM_CLOCK, StepWriter
 from tracegen.console import make_app, run_app, say
 from tracegen.errors import ReplayError
 
@@ -163,7 +163,7 @@ async def serve(settings: Settings) -> None:
     with _listen(settings.host, settings.port) as listener, _board(settings) as board, SleepTimer() as timer:
         for gpu in settings.gpus:
             board.clock_mhz(gpu)  # refuses a GPU that does not exist before anything is written
-        recorder = Recorder(settings.record, settings.instance)
+        recorder = StepWriter(settings.record, settings.instance, extra=SIM_CLOCK)
         scheduler = Scheduler(
             kv_tokens=hardware.kv_tokens,
             block_tokens=profile.block_tokens,
@@ -184,7 +184,7 @@ async def serve(settings: Settings) -> None:
             await runner.cleanup()
 
 
-async def _run(engine: Engine, recorder: Recorder) -> None:
+async def _run(engine: Engine, recorder: StepWriter) -> None:
     """Run `engine` to its end, flushing `recorder` from a thread of its own."""
     ended = asyncio.Event()
 

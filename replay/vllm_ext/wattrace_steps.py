@@ -6,8 +6,8 @@ of it. Without WATTRACE_STEPS nothing is recorded. It runs in vLLM's Python, so 
 vLLM brings.
 
 The scheduler is the one place that sees a step together with its requests. vLLM does not promise its interface, so
-the recorder works for the versions from `OLDEST` up to `NEWEST` alone; with another, or should it ever fail, vLLM serves on
-unrecorded and the log says why.
+the recorder works for the versions from `OLDEST` up to `NEWEST` alone; with another, or should it ever fail, vLLM
+serves on unrecorded and the log says why.
 
 Log: a file is a run of frames, each a length (4 bytes, little-endian) and a MessagePack value. The first is a map that
 describes the engine. A step is the list `[step, start_ns, end_ns, waiting, kv_usage, cost_ns, body, news, ended]`:
@@ -34,7 +34,7 @@ from typing import Any
 import msgspec
 
 FORMAT = 1
-OLDEST, NEWEST = (0, 20), (0, 33)  # vLLM versions (minor) whose scheduler was read or run
+OLDEST, NEWEST = (0, 14), (0, 33)  # vLLM versions whose scheduler was read (0.14, 0.17, 0.20, 0.26, 0.33) or run (0.32)
 FILE_BYTES = 64 * 2**20
 FILES = 16  # kept of one engine: a server that runs for ever must not fill the disk
 
@@ -45,9 +45,10 @@ _encode = msgspec.msgpack.Encoder().encode
 
 def scheduler(*args: Any, **kwargs: Any) -> Any:
     """Make the scheduler that vLLM itself would use, recorded where WATTRACE_STEPS names a folder."""
-    from vllm import __version__  # noqa: PLC0415 - only vLLM's own processes have it
-    from vllm.v1.core.sched.async_scheduler import AsyncScheduler  # noqa: PLC0415
-    from vllm.v1.core.sched.scheduler import Scheduler  # noqa: PLC0415
+    # Only vLLM's own processes have it.
+    from vllm import __version__
+    from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+    from vllm.v1.core.sched.scheduler import Scheduler
 
     config = kwargs["vllm_config"] if "vllm_config" in kwargs else args[0]
     base = AsyncScheduler if getattr(config.scheduler_config, "async_scheduling", False) else Scheduler
@@ -272,7 +273,7 @@ class StepRecorder:
         self._log.write(frame)
 
     def _turn_over(self, flight: _Flight) -> None:
-        """Begin a new file at a step that can be read by itself; steps that go on alike wait for the next that does not."""
+        """Begin a new file at a step that can be read by itself; have the next one be such where this one is not."""
         if flight.body is not None:
             self._log.next_file({"requests": [(n, i, self._until[i]) for i, n in self._numbers.items()]})
         else:

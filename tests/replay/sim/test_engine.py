@@ -9,8 +9,8 @@ from replay.gpu.sim import _COUNT, _POWERS, _TIMES, SimBoard
 from replay.rundir import has_table, scan_table
 from replay.sim.engine import Engine
 from replay.sim.hardware import Hardware, Work, load_profile
-from replay.sim.recorder import Recorder
 from replay.sim.scheduler import Request, Scheduler
+from replay.steps import SIM_CLOCK, StepWriter
 
 PROFILE = load_profile("dgx-h100-llama-2-70b")
 HARDWARE = Hardware(PROFILE, 2)
@@ -41,7 +41,7 @@ def run(tmp_path, world, script):
 
     async def session():
         with SimBoard.create(tmp_path / "board", PROFILE, now_ns=lambda: world.now_ns) as board:
-            recorder = Recorder(tmp_path, 0)
+            recorder = StepWriter(tmp_path, 0, extra=SIM_CLOCK)
             scheduler = Scheduler(
                 kv_tokens=HARDWARE.kv_tokens,
                 block_tokens=PROFILE.block_tokens,

@@ -1,21 +1,55 @@
-"""Writes what the simulated engine did: one row a step, and who was in which steps, run-length coded.
+"""Writes what an engine did: one row a step, and who was in which steps, run-length coded.
 
 Each flush ends the open segments; the next step opens new ones. So a killed engine loses at most the time since the
 last flush, and what is left can be attributed.
 """
 
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
 import polars as pl
 
 from replay.rundir import SEGMENTS, STEPS, PartWriter
-from replay.sim.scheduler import Batch, Kind, Request
 from tracegen.errors import ReplayError
 
-# `clock_mhz`: the SM clock that the step was run at, for the truth of simulated runs.
-SIM_STEPS = pl.Schema({**STEPS, "clock_mhz": pl.Float64()})
+Kind = Literal["prefill", "decode"]
+SIM_CLOCK = pl.Schema({"clock_mhz": pl.Float64()})  # the SM clock of a simulated step, for the truth of such runs
+
+
+class EngineRequest(Hashable, Protocol):
+    """A request as an engine knows it; each object is another request."""
+
+    @property
+    def request_id(self) -> int | None:
+        """Its id in the trace; None: warm-up or not ours."""
+
+
+class Totals(NamedTuple):
+    """What a step does, summed over its requests, as in `steps.parquet`."""
+
+    prefill_tokens: float
+    decode_tokens: float
+    context_tokens: float
+    prefill_attention: float  # half tokens squared are beyond the table's resolution
+
+
+# What one request does in a step: the request, prefill or decode, its tokens, and the tokens that it had before them.
+Part = tuple[EngineRequest, Kind, int, int]
+
+
+def totals(parts: Iterable[Part]) -> Totals:
+    """The sums over `parts`."""
+    prefill = decode = context = attention = 0
+    for _, kind, tokens, before in parts:
+        if kind == "prefill":
+            prefill += tokens
+            attention += tokens * (2 * before + tokens)
+        else:
+            decode += tokens
+            context += before
+    return Totals(prefill, decode, context, attention / 2)
 
 
 @dataclass(slots=True)
@@ -46,19 +80,20 @@ class Rows(NamedTuple):
     segments: list[_Segment]
 
 
-class Recorder:
+class StepWriter:
     """Collects the steps of one engine instance and writes them to its run directory."""
 
-    def __init__(self, run_dir: Path, instance: int) -> None:
+    def __init__(self, run_dir: Path, instance: int, *, extra: pl.Schema | None = None) -> None:
         """Make the tables' folders in `run_dir`; parts carry the instance, so that several engines share them.
 
-        Raises `ReplayError` when `run_dir` cannot be written, or has steps of this instance already: they would be
-        written over.
+        `extra`: columns of this engine's own. Raises `ReplayError` when `run_dir` cannot be written, or has steps of
+        this instance already: they would be written over.
         """
-        prefix = f"sim{instance:03d}"
+        prefix = f"engine{instance:03d}"
         if any(run_dir.glob(f"steps.parquet/{prefix}-*")):
             raise ReplayError(f"{run_dir} already has steps of instance {instance}; record into another directory")
         self._instance = instance
+        self._schema = pl.Schema({**STEPS, **(extra or {})})
         try:
             self._writers = {name: PartWriter(run_dir, name, prefix=prefix) for name in ("steps", "segments")}
         except OSError as error:
@@ -66,30 +101,26 @@ class Recorder:
                 f"{run_dir} cannot be written ({error.strerror}); record into another directory"
             ) from None
         self._rows = Rows([], [])
-        self._open: dict[Request, _Segment] = {}
+        self._open: dict[EngineRequest, _Segment] = {}
         self._step = 0
 
-    def add(self, start_ns: int, end_ns: int, clock_mhz: float, batch: Batch) -> None:
-        """Record the step that ran `batch` from `start_ns` to `end_ns`."""
+    def add(
+        self,
+        start_ns: int,
+        end_ns: int,
+        sums: Iterable[float],
+        parts: Sequence[Part],
+        waiting: int,
+        kv_usage: float,
+        *extra: float,
+    ) -> None:
+        """Record the step that ran `parts`, whose totals are `sums`, from `start_ns` to `end_ns`."""
         step, self._step = self._step, self._step + 1
-        work = batch.work
+        # Half tokens squared are beyond the table's resolution.
         self._rows.steps.append(
-            (
-                self._instance,
-                step,
-                start_ns,
-                end_ns,
-                int(work.prefill_tokens),
-                int(work.decode_tokens),
-                int(work.context_tokens),
-                int(work.prefill_attention),  # a half token squared is beyond the table's resolution
-                len(batch.parts),
-                batch.waiting,
-                batch.kv_usage,
-                clock_mhz,
-            )
+            (self._instance, step, start_ns, end_ns, *map(int, sums), len(parts), waiting, kv_usage, *extra)
         )
-        for request, kind, tokens, context in batch.parts:
+        for request, kind, tokens, context in parts:
             segment = self._open.get(request)
             if segment is not None and segment.goes_on(step, kind, tokens, context):
                 segment.last_step = step
@@ -106,7 +137,7 @@ class Recorder:
 
     def write(self, rows: Rows) -> None:
         """Write `rows` as the tables' next parts; runs in a thread while `add` goes on."""
-        self._writers["steps"].append(pl.DataFrame(rows.steps, schema=SIM_STEPS, orient="row"))
+        self._writers["steps"].append(pl.DataFrame(rows.steps, schema=self._schema, orient="row"))
         columns = {name: [getattr(s, name) for s in rows.segments] for name in SEGMENTS if name != "instance"}
         segments = pl.DataFrame({"instance": [self._instance] * len(rows.segments), **columns}, schema=SEGMENTS)
         self._writers["segments"].append(segments)

@@ -9,14 +9,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from replay.rundir import SEGMENTS, STEPS, scan_table
-from replay.sim.recorder import Recorder
 from replay.sim.scheduler import Request, Scheduler
+from replay.steps import SIM_CLOCK, StepWriter
 from tracegen.errors import ReplayError
+
+
+def add(recorder, start_ns, end_ns, batch, *extra):
+    recorder.add(start_ns, end_ns, batch.work, batch.parts, batch.waiting, batch.kv_usage, *extra)
 
 
 def record(run_dir, arrivals, scheduler, flush_every):
     """Run `arrivals` (step, prompt, output) to their end, flushing every so many steps; the number of steps."""
-    recorder = Recorder(run_dir, 3)
+    recorder = StepWriter(run_dir, 3, extra=SIM_CLOCK)
     pending = [(step, Request(i, prompt, output)) for i, (step, prompt, output) in enumerate(arrivals)]
     step = 0
     while pending or scheduler.running or scheduler.waiting:
@@ -24,7 +28,7 @@ def record(run_dir, arrivals, scheduler, flush_every):
             scheduler.add(pending.pop(0)[1])
         batch = scheduler.schedule()
         if batch.parts:
-            recorder.add(step * 10, step * 10 + 7, 1200.0, batch)
+            add(recorder, step * 10, step * 10 + 7, batch, 1200.0)
             scheduler.complete(batch)
         if step % flush_every == 0:
             recorder.write(recorder.take())
@@ -89,11 +93,11 @@ def test_undisturbed_decoding_is_one_row(tmp_path):
 
 def test_tables_have_the_run_directorys_columns_and_the_clock(tmp_path):
     scheduler = Scheduler(kv_tokens=400, block_tokens=4, max_num_seqs=4, max_num_batched_tokens=64)
-    recorder = Recorder(tmp_path, 3)
+    recorder = StepWriter(tmp_path, 3, extra=SIM_CLOCK)
     for request_id in (None, 18_446_744_073_709_551_615):
         scheduler.add(Request(request_id, 5, 1))
     scheduler.add(Request(7, 80, 1))
-    recorder.add(1_000, 2_000, 1980, scheduler.schedule())
+    add(recorder, 1_000, 2_000, scheduler.schedule(), 1980)
     recorder.write(recorder.take())
     steps = scan_table(tmp_path, "steps").collect()
     assert steps.schema == {**STEPS, "clock_mhz": pl.Float64()}
@@ -113,11 +117,11 @@ def test_steps_already_there_are_not_written_over(tmp_path):
     scheduler = Scheduler(kv_tokens=400, block_tokens=4, max_num_seqs=4, max_num_batched_tokens=64)
     record(tmp_path, [(0, 4, 2)], scheduler, flush_every=1)
     with pytest.raises(ReplayError, match="already has steps of instance 3"):
-        Recorder(tmp_path, 3)
-    Recorder(tmp_path, 4)
+        StepWriter(tmp_path, 3)
+    StepWriter(tmp_path, 4)
 
 
 def test_a_directory_that_cannot_be_written_is_one_line(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ReplayError, match=r"cannot be written \(Not a directory\); record into another directory"):
-        Recorder(tmp_path / "file", 0)
+        StepWriter(tmp_path / "file", 0)
