@@ -84,6 +84,8 @@ def _print_energy(summary: dict[str, Any], name: str) -> None:
         )
     ]
     print_table(["", "kJ", "share"], rows)
+    for domain, joules in summary.get("cpu_j", {}).items():
+        say(f"CPU {domain} {'unknown' if joules is None else f'{joules:,.0f} J'}, not attributed")
     each_j = summary["energy_per_request_j"]
     if each_j is not None:
         answered = f"{summary['requests_averaged']:,} answered of {summary['requests']:,} requests"

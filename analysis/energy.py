@@ -1,12 +1,13 @@
 """What each request of a run cost in energy: `attribute` computes it, `write_energy` keeps it in the run's `energy/`.
 
 Per engine instance: the energy curve of its GPUs, idle power, a step model, Aumann-Shapley prices, conservation block
-by block, prefix sums over segments. The truth table of a simulated run is never read here.
+by block, prefix sums over segments. The truth table of a simulated run is never read here. `accounts` gives what that
+rests on, for questions beyond who pays what.
 """
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,13 @@ from analysis.blocks import Balance, Blocks, balance, cut_blocks
 from analysis.idle import Idle, idle_power
 from analysis.load import Floats, GpuData, InstanceData, RunData, load_run
 from analysis.membership import from_client
-from analysis.model import LinearModel, Parts, Quality, fit_model
-from analysis.split import METHODS, scale_parts, share
+from analysis.model import TINY, LinearModel, Model, Parts, Quality, fit_model
+from analysis.split import MARGINAL, METHOD_NAMES, METHODS, Shares, scale_parts, share, share_marginal
 from analysis.steps import PREFILL, Bools, Segments, Steps, from_records, no_steps
 from analysis.summary import CLIENT, RECORDS, InstanceEnergy, summarize
 from analysis.timeline import GpuTimeline, read_timeline
 from replay.rundir import Run
+from tracegen.console import format_si
 from tracegen.errors import AnalysisError
 from tracegen.schema import write_parquet
 
@@ -56,14 +58,20 @@ def attribute(run: Run, method: str = DEFAULT_METHOD, scope: str = "gpu") -> Ene
 def attribute_methods(run: Run, methods: Sequence[str], scope: str = "gpu") -> dict[str, Energy]:
     """`attribute` by several methods at the price of reading and fitting once."""
     for method in methods:
-        if method not in METHODS:
-            raise AnalysisError(f"method '{method}' is unknown; use one of {', '.join(METHODS)}")
+        if method not in METHOD_NAMES:
+            raise AnalysisError(f"method '{method}' is unknown; use one of {', '.join(METHOD_NAMES)}")
     data = load_run(run, scope)
+    known = accounts(data)
+    seen = np.any([account.seen for account in known], axis=0)[: data.requests.height]
+    return {m: _energy(data, [_share_out(data, account, m) for account in known], m, seen) for m in methods}
+
+
+def accounts(data: RunData) -> "list[Account]":
+    """What attribution knows of each instance of a run. Raises as `attribute` does."""
     # Requests of the trace whose end was not recorded stand behind the others, so that their work is known as theirs.
     ids = pl.concat([data.requests["request_id"], data.unrecorded])
     members = [_members(data, instance, ids) for instance in data.instances]
-    accounts = [_account(data, inst, member) for inst, member in zip(data.instances, members, strict=True)]
-    return {m: _energy(data, [_share_out(data, account, m) for account in accounts], m) for m in methods}
+    return [_account(data, inst, member, len(ids)) for inst, member in zip(data.instances, members, strict=True)]
 
 
 def measured_curves(data: RunData) -> list[tuple[GpuData, GpuTimeline]]:
@@ -72,15 +80,18 @@ def measured_curves(data: RunData) -> list[tuple[GpuData, GpuTimeline]]:
 
 
 @dataclass(frozen=True)
-class _Account:
+class Account:
     """An instance up to the point where methods part."""
 
     instance: InstanceData
     membership: str | None
     steps: Steps
-    segments: Segments
+    segments: Segments  # `request` counts the rows of the run's requests, then the trace's that were not recorded
+    seen: Bools  # by the same rows: whether the request was in a step inside the window
+    model: Model | None  # None without steps
+    idle_w: Floats  # (n,) of the whole group, by step
     parts: Parts
-    rival: Parts | None  # by the linear model, where that is not the model itself
+    rival: tuple[Model, Parts] | None  # the linear model, where that is not the model itself
     blocks: Blocks
     balance: Balance
     quality: Quality | None
@@ -99,7 +110,9 @@ def _members(data: RunData, instance: InstanceData, ids: pl.Series) -> tuple[str
     return None, *no_steps()
 
 
-def _account(data: RunData, instance: InstanceData, member: tuple[str | None, Steps, Segments]) -> _Account:
+def _account(
+    data: RunData, instance: InstanceData, member: tuple[str | None, Steps, Segments], requests: int
+) -> Account:
     """Fit the step model of an instance and make it agree with the meter."""
     membership, steps, segments = member
     duration_s = data.duration_s
@@ -111,19 +124,44 @@ def _account(data: RunData, instance: InstanceData, member: tuple[str | None, St
     def idle_w(t_s: Floats) -> Floats:
         return np.asarray(np.sum([i.at(t_s, duration_s) for i in idle], axis=0))
 
-    parts, rival, quality = Parts(np.zeros(0), np.zeros(0), np.zeros((0, 4))), None, None
+    parts, model, rival, quality = Parts(np.zeros(0), np.zeros(0), np.zeros((0, 4))), None, None, None
+    step_idle_w = idle_w(steps.end_s)
     if len(steps):
         windows = []
         for gpu, line in zip(instance.gpus, timelines, strict=True):
             rest = _idle(data, gpu, line, line.windows.source, steps)
             windows.append((line.windows, rest.at(line.windows.end_s, duration_s)))
         model, quality = fit_model(steps, windows)
-        parts = _inside(model.parts(steps, idle_w(steps.end_s)), steps, duration_s)
+        parts = _inside(model.parts(steps, step_idle_w), steps, duration_s)
         if not isinstance(model, LinearModel):
             straight, _ = fit_model(steps, windows, linear=True)
-            rival = _inside(straight.parts(steps, idle_w(steps.end_s)), steps, duration_s)
+            rival = straight, _inside(straight.parts(steps, step_idle_w), steps, duration_s)
     settled = balance(blocks, steps, parts.total, measured_j, idle_w, float(np.sum([i.se_w for i in idle])))
-    return _Account(instance, membership, steps, segments, parts, rival, blocks, settled, quality, idle, timelines)
+    return Account(
+        instance=instance,
+        membership=membership,
+        steps=steps,
+        segments=segments,
+        seen=_seen(segments, settled.step_j, requests),
+        model=model,
+        idle_w=step_idle_w,
+        parts=parts,
+        rival=rival,
+        blocks=blocks,
+        balance=settled,
+        quality=quality,
+        idle=idle,
+        timelines=timelines,
+    )
+
+
+def _seen(segments: Segments, step_j: Floats, requests: int) -> Bools:
+    """Which of so many requests were in a step that cost something, that is one inside the window."""
+    before = np.concatenate([[0], np.cumsum(step_j > 0)])
+    costly = (before[segments.last + 1] > before[segments.first]) & (segments.request >= 0)
+    seen = np.zeros(requests, dtype=bool)
+    seen[segments.request[costly]] = True
+    return seen
 
 
 def _timeline(data: RunData, gpu: GpuData) -> GpuTimeline:
@@ -145,12 +183,11 @@ def _inside(parts: Parts, steps: Steps, duration_s: float) -> Parts:
     return Parts(parts.total * fraction, parts.shared * fraction, parts.price * fraction[:, None])
 
 
-def _share_out(data: RunData, account: _Account, method: str) -> InstanceEnergy:
+def _share_out(data: RunData, account: Account, method: str) -> InstanceEnergy:
     """An instance's energy by request, by `method`."""
     count = data.requests.height
-    steps, segments = account.steps, account.segments
-    scaled = scale_parts(account.parts, account.balance.step_j)
-    shares = share(METHODS[method](scaled, steps), steps, segments, account.blocks)
+    segments = account.segments
+    shares = _shares(account, method)
     ours = (segments.request >= 0) & (segments.request < count)
     unrecorded = segments.request >= count
     prefill = ours & (segments.kind == PREFILL)
@@ -160,10 +197,9 @@ def _share_out(data: RunData, account: _Account, method: str) -> InstanceEnergy:
 
     energy_j = by_request(shares.energy_j, ours)
     variance = _variance(account, energy_j, by_request(shares.steps, ours), by_request(shares.time_s, ours))
-    other = _other_answer(account, scaled, method)
+    other = _other_answer(account, method)
     if other is not None:
-        plain = share(other, steps, segments, account.blocks)
-        variance += (energy_j - by_request(plain.energy_j, ours)) ** 2
+        variance += (energy_j - by_request(other.energy_j, ours)) ** 2
     return InstanceEnergy(
         instance=account.instance.instance,
         membership=account.membership,
@@ -183,7 +219,17 @@ def _share_out(data: RunData, account: _Account, method: str) -> InstanceEnergy:
     )
 
 
-def _variance(account: _Account, energy_j: Floats, steps: Floats, time_s: Floats) -> Floats:
+def _shares(account: Account, method: str, *, rival: bool = False) -> Shares:
+    """What each segment pays, by `method` and the instance's model or its rival."""
+    steps, step_j = account.steps, account.balance.step_j
+    model, parts = account.rival if rival and account.rival is not None else (account.model, account.parts)
+    if method == MARGINAL and model is not None:
+        return share_marginal(model, steps, account.segments, account.idle_w, step_j)
+    prices = METHODS.get(method, METHODS[DEFAULT_METHOD])(scale_parts(parts, step_j), steps)
+    return share(prices, steps, account.segments, account.blocks)
+
+
+def _variance(account: Account, energy_j: Floats, steps: Floats, time_s: Floats) -> Floats:
     """Variance of each request's energy, J², as far as the residuals tell it.
 
     `energy_se_j² = energy_j²·(m² + (d² + w²)/n + (t/T)²) + Δ²`: m the model's misfit between blocks, which does not
@@ -201,25 +247,26 @@ def _variance(account: _Account, energy_j: Floats, steps: Floats, time_s: Floats
     return np.asarray(energy_j**2 * relative)
 
 
-def _other_answer(account: _Account, scaled: Parts, method: str) -> Parts | None:
-    """A second opinion whose difference counts as error: the linear model's prices, or an equal split.
+def _other_answer(account: Account, method: str) -> Shares | None:
+    """A second opinion whose difference counts as error: the linear model's answer, or an equal split.
 
-    The equal split stands against membership by client timestamps, where who did what is a guess. Methods without a
-    model have no second opinion: what they say is their definition.
+    The equal split stands against membership by client timestamps, where who did what is a guess; `marginal` is as far
+    off there, in proportion. Methods without a model have no second opinion: what they say is their definition.
     """
-    if method != DEFAULT_METHOD:
+    if method not in {DEFAULT_METHOD, MARGINAL}:
         return None
     if account.membership == CLIENT:
-        return METHODS["equal-time"](scaled, account.steps)
-    return None if account.rival is None else scale_parts(account.rival, account.balance.step_j)
+        equal, priced, own = (_shares(account, m) for m in ("equal-time", DEFAULT_METHOD, method))
+        ratio = np.divide(equal.energy_j, priced.energy_j, out=np.ones_like(own.energy_j), where=priced.energy_j > TINY)
+        return replace(own, energy_j=own.energy_j * ratio)
+    return None if account.rival is None else _shares(account, method, rival=True)
 
 
-def _energy(data: RunData, parts: list[InstanceEnergy], method: str) -> Energy:
-    """The run's table and summary from its instances."""
+def _energy(data: RunData, parts: list[InstanceEnergy], method: str, seen: Bools) -> Energy:
+    """The run's table and summary from its instances; `seen`: which requests were in a step."""
     prefill_j, decode_j, shared_j, variance = (
         np.sum([getattr(p, name) for p in parts], axis=0) for name in ("prefill_j", "decode_j", "shared_j", "variance")
     )
-    seen = (prefill_j + decode_j) > 0
     unknown = _unknown(data, parts, seen)
     frame = pl.DataFrame(
         {
@@ -232,7 +279,13 @@ def _energy(data: RunData, parts: list[InstanceEnergy], method: str) -> Energy:
         }
     )
     frame = frame.with_columns(pl.when(~pl.Series(unknown)).then(pl.exclude("request_id")).name.keep())
-    return Energy(data.run, frame, tuple(parts), summarize(data, parts, frame, method, int(unknown.sum())))
+    summary = summarize(data, parts, frame, method, int(unknown.sum()))
+    if method == MARGINAL:
+        left = format_si(summary["other_j"], " J", 4)
+        summary["notes"].append(
+            f"other ({left}) has what no single request adds to a step: marginal costs do not add up"
+        )
+    return Energy(data.run, frame, tuple(parts), summary)
 
 
 def _unknown(data: RunData, parts: list[InstanceEnergy], seen: Bools) -> Bools:

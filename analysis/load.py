@@ -21,6 +21,8 @@ from tracegen.errors import AnalysisError, RunError
 Floats = NDArray[np.float64]
 NS_PER_S = 1e9
 MANY = 3  # GPUs; more are not named one by one
+# A poll that failed, as of a GPU that fell off the bus.
+_UNREAD = pl.all_horizontal(pl.col("power_instant_mw", "power_average_mw", "energy_mj").is_null())
 HOLE_S = 0.5  # between readings of a GPU; the run's verdict on its sensor has the same bound
 
 
@@ -46,6 +48,15 @@ class GpuData:
 
 
 @dataclass(frozen=True)
+class CpuData:
+    """The energy counter of one CPU domain, in order of time; polls that failed are left out, for the counter sums."""
+
+    name: str  # package-0, dram-0, ...; with its host where the run has several
+    t_s: Floats
+    energy_j: Floats
+
+
+@dataclass(frozen=True)
 class InstanceData:
     """One engine instance: its GPUs and, where the engine wrote them, its steps and segments."""
 
@@ -68,6 +79,7 @@ class RunData:
     unrecorded: pl.Series  # request ids of the trace that are not in requests.parquet
     scope: str
     notes: tuple[str, ...] = field(default=())
+    cpu: tuple[CpuData, ...] | None = None  # None: the run has no table of it
 
     @property
     def duration_s(self) -> float:
@@ -106,7 +118,9 @@ def load_run(run: Run, scope: str = "gpu") -> RunData:
     requests = _requests(run, hosts)
     steps = _steps(run, hosts)
     segments = run.scan("segments").collect() if run.has("segments") else None
-    power = _power(run, power, hosts)
+    polled = _power(run, power, hosts)
+    # Of a GPU that never had a value the rows stay: what is missing is said where they are read.
+    power = polled.filter(~_UNREAD | _UNREAD.all().over("host", "gpu"))
     wanted = _wanted_gpus(run, power, scope)
     unrecorded, notes = _state(run, requests["request_id"])
     window, remarks = _window(run, requests, steps, power, wanted)
@@ -127,8 +141,10 @@ def load_run(run: Run, scope: str = "gpu") -> RunData:
         )
         for instance, gpus in wanted
     )
+    notes += _unread(polled, instances, window[0])
     notes += _holes(instances, (window[1] - window[0]) / NS_PER_S)
-    return RunData(run, window, instances, requests, unrecorded, scope, tuple(notes))
+    cpu = _cpu(run, hosts, window[0])
+    return RunData(run, window, instances, requests, unrecorded, scope, tuple(notes), cpu)
 
 
 def _state(run: Run, recorded: pl.Series) -> tuple[pl.Series, list[str]]:
@@ -146,6 +162,33 @@ def _state(run: Run, recorded: pl.Series) -> tuple[pl.Series, list[str]]:
     if failed:
         notes.append(f"the run failed its verdicts {', '.join(failed)}")
     return unrecorded, notes
+
+
+def _unread(polled: pl.DataFrame, instances: tuple[InstanceData, ...], zero_ns: int) -> list[str]:
+    """What to say of GPUs that could not be read at times: the sampler then writes rows without values."""
+    said = []
+    for gpu in (gpu for instance in instances for gpu in instance.gpus):
+        t_ns = polled.filter(_UNREAD & (pl.col("host") == gpu.host) & (pl.col("gpu") == gpu.gpu))["t_ns"]
+        if len(t_ns):
+            first_s = (t_ns[0] - zero_ns) / NS_PER_S
+            said.append(f"{gpu.name}: {len(t_ns)} polls failed, the first at {first_s:.0f} s")
+    return said
+
+
+def _cpu(run: Run, hosts: Mapping[str, Mapping[str, Any]], zero_ns: int) -> tuple[CpuData, ...] | None:
+    """The CPUs' energy counters on the replayer's clock; None where the run has none."""
+    if not run.has("cpu_energy"):
+        return None
+    domains = run.scan("cpu_energy").collect().sort("t_ns").partition_by("host", "domain", as_dict=True)
+    one_host = len({host for host, _ in domains}) == 1
+    result = []
+    for host, domain in sorted(domains, key=str):
+        read = domains[host, domain].drop_nulls("energy_uj")
+        t_s = (read["t_ns"] - (zero_ns + _offset_ns(hosts, host))).cast(pl.Float64) / NS_PER_S
+        # From its own lowest value: a double would not tell the microjoules of a counter near 2^64.
+        energy_j = (read["energy_uj"] - read["energy_uj"].min()).cast(pl.Float64) / 1e6
+        result.append(CpuData(str(domain) if one_host else f"{domain} on {host}", t_s.to_numpy(), energy_j.to_numpy()))
+    return tuple(result)
 
 
 def _holes(instances: tuple[InstanceData, ...], duration_s: float) -> list[str]:

@@ -75,6 +75,12 @@ class LinearModel:
         """Durations of steps with `work`."""
         return None if self.duration is None else np.asarray(_with_one(work) @ self.duration)
 
+    def energy_j(self, work: Floats, idle_w: Floats, pace: Floats) -> Floats:
+        """Energy (m,) of the whole group in steps of `work` (m, 4); see `pace_of`."""
+        predicted = self.predict_s(work)
+        span_s = pace if predicted is None else pace * predicted
+        return np.asarray((idle_w + self.energy[0]) * span_s + work @ self.energy[1:])
+
     def parts(self, steps: Steps, idle_w: Floats) -> Parts:
         """The energy of each step of the whole group at `idle_w` (n,)."""
         span_s = steps.end_s - steps.start_s
@@ -101,14 +107,17 @@ class ActivityModel:
 
     def features(self, steps: Steps) -> Floats:
         """Power features (n, 12) of each step."""
-        c, a, b = self._times(steps.work)
-        span = np.maximum(c + _soft_max(a, b, self.exponent), TINY)
-        return np.concatenate([_terms(a / span, b / span), steps.work / span[:, None]], axis=1)
+        return self._features(steps.work)[0]
 
     def predict_s(self, work: Floats) -> Floats:
         """Durations of steps with `work`."""
         c, a, b = self._times(work)
         return c + _soft_max(a, b, self.exponent)
+
+    def energy_j(self, work: Floats, idle_w: Floats, pace: Floats) -> Floats:
+        """Energy (m,) of the whole group in steps of `work` (m, 4); see `pace_of`."""
+        features, span_s = self._features(work)
+        return np.asarray((idle_w + features @ self.power) * span_s * pace)
 
     def parts(self, steps: Steps, idle_w: Floats) -> Parts:
         """The energy of each step of the whole group at `idle_w` (n,), scaled to the step's own duration."""
@@ -130,6 +139,12 @@ class ActivityModel:
         scale = np.where(total > 0, modelled / np.maximum(total, TINY), 0.0)
         return Parts(modelled, shared * scale, price * scale[:, None])
 
+    def _features(self, work: Floats) -> tuple[Floats, Floats]:
+        """Power features (m, 12) of steps with `work`, and their durations."""
+        c, a, b = self._times(work)
+        span_s = np.maximum(c + _soft_max(a, b, self.exponent), TINY)
+        return np.concatenate([_terms(a / span_s, b / span_s), work / span_s[:, None]], axis=1), span_s
+
     def _times(self, work: Floats) -> tuple[Floats, Floats, Floats]:
         x = _with_one(work)
         return x @ self.overhead, x @ self.compute, x @ self.memory
@@ -149,6 +164,16 @@ class ActivityModel:
 
 
 Model = LinearModel | ActivityModel
+
+
+def pace_of(model: Model, steps: Steps) -> Floats:
+    """How each step's own duration, pause included, relates to the model's; untimed steps: the duration itself.
+
+    `model.energy_j(work, idle_w, pace)` is then what the step would have cost with `work`, at the pace it had.
+    """
+    predicted = model.predict_s(steps.work)
+    span_s = steps.end_s - steps.start_s
+    return span_s if predicted is None else np.asarray(span_s / np.maximum(predicted, TINY))
 
 
 def fit_model(

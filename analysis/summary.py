@@ -8,9 +8,9 @@ import polars as pl
 
 from analysis.idle import Idle
 from analysis.latency import answered
-from analysis.load import Floats, RunData, names
+from analysis.load import CpuData, Floats, RunData, names
 from analysis.model import Quality
-from analysis.timeline import GpuTimeline
+from analysis.timeline import EDGE_S, Curve, GpuTimeline
 from tracegen.console import format_si
 
 # One board's gain against another's, from the published tests of power meters on H100 (Yang et al., "Part-time Power
@@ -54,6 +54,10 @@ def summarize(
     notes = [*data.notes, *_notes(data, parts, frame, unknown)]
     memberships = sorted({p.membership for p in parts if p.membership})
     ran = frame.filter(pl.col("energy_j") > 0).height
+    cpu_j = {cpu.name: _cpu_j(cpu, data.duration_s) for cpu in data.cpu or ()}
+    notes += [
+        f"CPU {name}: energy unknown, for its counter {why}" for name, why in cpu_j.items() if isinstance(why, str)
+    ]
     return {
         "run_id": data.run.manifest.get("run_id", data.run.name),
         "simulated": data.run.simulated,
@@ -73,10 +77,23 @@ def summarize(
         "idle_j": idle_j,
         "other_j": other_j,
         "residual_j": measured_j - attributed_j - idle_j - other_j,
+        # Beside the energy that is accounted for and no part of it: whose share of a CPU it is is not known.
+        **({"cpu_j": {k: None if isinstance(v, str) else v for k, v in cpu_j.items()}} if data.cpu is not None else {}),
         "gain_rel_se": GAIN_REL_SE,
         "fit": [_fit_document(part) for part in parts],
         "notes": notes,
     }
+
+
+def _cpu_j(cpu: CpuData, duration_s: float) -> float | str:
+    """Joules of a CPU domain in `[0, duration_s]`, between readings in proportion to time; or why it is unknown."""
+    if cpu.t_s.size < 2:
+        return "was read less than twice"
+    if np.any(np.diff(cpu.energy_j) < 0):
+        return "decreases"
+    if cpu.t_s[0] > EDGE_S or cpu.t_s[-1] < duration_s - EDGE_S:
+        return "does not cover the window"
+    return Curve("counter", cpu.t_s, cpu.energy_j).between(0.0, duration_s)
 
 
 def _notes(data: RunData, parts: list[InstanceEnergy], frame: pl.DataFrame, unknown: int) -> list[str]:

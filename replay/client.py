@@ -145,12 +145,13 @@ class CompletionsClient:
         self._url = f"{base_url}/v1/completions"
         self._timeout = aiohttp.ClientTimeout(total=timeout_s)
 
-    async def send(self, record: Record, body: bytes) -> None:
+    async def send(self, record: Record, body: bytes, name: str | None = None) -> None:
         """Send `body`, read the stream to its end and fill `record`.
 
-        Server and network errors become the record's status; cancelling leaves it `aborted`.
+        `name` goes with it as its id where that is not the record's own. Server and network errors become the record's
+        status; cancelling leaves it `aborted`.
         """
-        headers = {"Content-Type": "application/json", "X-Request-Id": str(record.request_id)}
+        headers = {"Content-Type": "application/json", "X-Request-Id": name or str(record.request_id)}
         record.sent_ns = now_ns()
         try:
             async with self._session.post(self._url, data=body, headers=headers, timeout=self._timeout) as response:

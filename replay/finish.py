@@ -78,8 +78,8 @@ def judge(run_dir: Path, manifest: dict[str, Any], late_ns: Sequence[int]) -> li
     requests, trace, power = table("requests"), table("trace"), table("power")
     if requests is None or trace is None:
         raise RunError(f"{run_dir}: no request was recorded")
-    instance, gpus = manifest["instances"][0], manifest["gpus"]
-    serving = instance["gpus"]
+    gpus, freq_mhz = manifest["gpus"], manifest["instances"][0]["freq_mhz"]
+    serving = [gpu for entry in manifest["instances"] for gpu in entry["gpus"]]
     window = manifest["measure_start_ns"], manifest["measure_end_ns"]
     mine = [gpu for gpu in gpus if gpu["gpu"] in serving]
     before, after = ([gpu.get(key, {}) for gpu in mine] for key in ("idle_power_w", "idle_power_after_w"))
@@ -93,7 +93,7 @@ def judge(run_dir: Path, manifest: dict[str, Any], late_ns: Sequence[int]) -> li
         verdicts.lengths_exact(requests, trace),
         verdicts.saturated(requests),
         verdicts.steps_complete(table("steps"), table("segments"), requests),
-        verdicts.clocks_held(during, serving, instance["freq_mhz"]),
+        verdicts.clocks_held(during, serving, freq_mhz),
         verdicts.sensor_alive(power, serving, *window),
         verdicts.counter_agrees(power, serving, *window),
         verdicts.idle_measured(before, after),

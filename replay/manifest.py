@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from replay.clock import now_ns
-from replay.plan import Plan
+from replay.engines.vllm import redact
+from replay.plan import Plan, RunOptions
 from tracegen.schema import file_sha256
 
 
@@ -24,9 +25,9 @@ def first_manifest(plan: Plan, run_id: str) -> dict[str, Any]:
         "simulated_profile": options.profile if plan.engine == "sim" else None,
         "instances": [
             {
-                "instance": 0,
+                "instance": number,
                 "host": host(),
-                "gpus": list(plan.gpus),
+                "gpus": list(group),
                 "tp": plan.tp,
                 "freq_mhz": None,
                 "freq_asked_mhz": options.freq_mhz,
@@ -34,24 +35,32 @@ def first_manifest(plan: Plan, run_id: str) -> dict[str, Any]:
                 "model": plan.model,
                 "max_model_len": None,
             }
+            for number, group in enumerate(plan.groups)
         ],
         "gpus": [],
         "hosts": [{"host": host(), "offset_ns": 0, "offset_error_ns": 0}],
         "workers": [{"worker": 0, "host": host()}],
         "clock_anchors": [anchor()],
         "trace_sha256": file_sha256(options.trace),
-        "arguments": {key: str(value) if isinstance(value, Path) else value for key, value in asdict(options).items()},
+        "arguments": _arguments(options),
         "seed": options.seed,
         "metadata": options.metadata,
-        "versions": _versions(),
+        "versions": _versions() | {f"engine {name}": text for name, text in plan.vllm_versions.items()},
         "verdicts": [],
     }
+
+
+def _arguments(options: RunOptions) -> dict[str, Any]:
+    """What was asked, without keys and tokens."""
+    shown = asdict(options) | {"vllm_args": redact(options.vllm_args)}
+    del shown["api_key"]
+    return {key: str(value) if isinstance(value, Path) else value for key, value in shown.items()}
 
 
 def _versions() -> dict[str, str]:
     """The versions that a figure may depend on."""
     found = {"python": platform.python_version(), "platform": platform.platform()}
-    for package in ("wattrace", "polars", "pyarrow", "numpy", "aiohttp", "uvloop", "nvidia-ml-py", "vllm"):
+    for package in ("wattrace", "polars", "pyarrow", "numpy", "aiohttp", "uvloop", "nvidia-ml-py"):
         with contextlib.suppress(PackageNotFoundError):
             found[package] = version(package)
     return found

@@ -35,7 +35,7 @@ def parse_metrics(text: str) -> list[tuple[str, str, float]]:
 
 async def scrape(session: aiohttp.ClientSession, base_url: str, run_dir: Path, instance: int) -> None:
     """Scrape until cancelled; a server without metrics leaves no table."""
-    writer = PartWriter(run_dir, "server_metrics")
+    writer = PartWriter(run_dir, "server_metrics", prefix=f"engine{instance:03d}")
     while True:
         t_ns = now_ns()
         try:

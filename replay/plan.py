@@ -8,7 +8,8 @@ from pathlib import Path
 
 import polars as pl
 
-from replay.engines.vllm import DEFAULT_MODEL, vllm_installed
+from replay.engines.model_size import weights_mib
+from replay.engines.vllm import DEFAULT_MODEL, check_arguments, check_version, inspect_vllm, vllm_installed
 from replay.gpu.base import open_gpus
 from replay.sim.hardware import load_profile
 from tracegen.durations import NS_PER_S
@@ -17,7 +18,9 @@ from tracegen.schema import read_metadata, read_trace
 
 DEFAULT_PROFILE = "dgx-h100-llama-2-70b"
 _SIM_TP = 2  # the smallest that holds Llama-2-70B
+_VLLM_WARMUPS = 8  # one for each of the trace's octiles of input length
 OVERLONG = ("refuse", "drop", "clip")
+POWER = ("nvml", "csv:FILE", "prometheus:URL")
 
 
 @dataclass(frozen=True)
@@ -28,13 +31,22 @@ class RunOptions:
     engine: str = "auto"  # auto | sim | vllm | URL
     model: str | None = None
     tp: int | None = None
+    replicas: int = 1
     freq_mhz: int | None = None  # None: the driver's own clocks
+    power_cap_w: float | None = None  # None: the driver's own limit
+    power: str = "nvml"  # where power is read: nvml | csv:FILE | prometheus:URL
+    with_cpu: bool = False
+    allow_busy: bool = False
     output: Path | None = None
     gpus: tuple[int, ...] | None = None
     port: int | None = None
     profile: str = DEFAULT_PROFILE
     vllm_python: str | None = None
     vllm_args: tuple[str, ...] = ()
+    record_steps: bool = True
+    steps: Path | None = None  # where an attached server's step recorder logs
+    num_warmups: int | None = None  # requests an instance before the run; None: 8 for vllm, else 0
+    api_key: str | None = field(default=None, repr=False)  # of an attached server; never written down
     duration_ns: int | None = None  # replay this much of the trace
     num_prompts: int | None = None
     overlong: str = "refuse"
@@ -59,40 +71,91 @@ class Plan:
     engine: str  # sim | vllm | url
     why_engine: str
     tp: int
-    gpus: tuple[int, ...]  # those that serve
+    groups: tuple[tuple[int, ...], ...]  # GPUs of each instance; empty where an attached server's are not known
     model: str | None
     run_dir: Path
+    warmups: int  # requests an instance
+    vllm_versions: dict[str, str]  # of the environment that serves; empty where none is launched
+    no_steps: str | None  # why a launched vLLM is not recorded
+    weights_mib: float | None  # of the model that is launched, where it is known
+
+    @property
+    def gpus(self) -> tuple[int, ...]:
+        """All GPUs that serve."""
+        return tuple(gpu for group in self.groups for gpu in group)
 
 
 def make_plan(options: RunOptions) -> Plan:
     """Check `options` and fill in what they leave open. Raises a `WattraceError` for what cannot be run."""
+    _check_values(options)
+    trace = _slice(read_trace(options.trace), options)
+    block_tokens = read_metadata(options.trace)["block_tokens"] if "prefix_hashes" in trace.columns else 0
+    engine, why = _choose_engine(options)
+    named = len(options.gpus or ()) // options.replicas
+    tp = options.tp or named or (_SIM_TP if engine == "sim" else 1)
+    groups = _choose_gpus(options, engine, tp)
+    _check_for_engine(options, engine, known_gpus=bool(groups[0]))
+    versions: dict[str, str] = {}
+    no_steps = None
+    if engine == "vllm":
+        check_arguments(options.vllm_args)
+        versions = inspect_vllm(options.vllm_python)
+        no_steps = check_version(versions["vllm"], record_steps=options.record_steps)
+        if not options.record_steps:
+            no_steps = "asked for with --no-record-steps"
+    model = options.model or {"sim": load_profile(options.profile).name, "vllm": DEFAULT_MODEL}.get(engine)
+    warmups = options.num_warmups if options.num_warmups is not None else _VLLM_WARMUPS if engine == "vllm" else 0
+    weights = weights_mib(model, options.vllm_args) if engine == "vllm" and model else None
+    return Plan(
+        options, trace, block_tokens, engine, why, tp, groups, model, _run_dir(options, engine, tp), warmups, versions,
+        no_steps, weights,
+    )  # fmt: skip
+
+
+def _check_values(options: RunOptions) -> None:
+    """Raise `ReplayError` for a value that is wrong with any engine."""
     if options.overlong not in OVERLONG:
         raise ReplayError(f"--overlong {options.overlong}: use one of {', '.join(OVERLONG)}")
     for name, value in (
         ("--tp", options.tp),
+        ("--replicas", options.replicas),
         ("--num-prompts", options.num_prompts),
         ("--max-concurrency", options.max_concurrency),
         ("--max-rate", options.max_rate_rps),
+        ("--power-cap", options.power_cap_w),
         ("--ready-check-timeout-sec", options.ready_timeout_s),
         ("--request-timeout-sec", options.request_timeout_s),
     ):
         if value is not None and not 0 < value < math.inf:
             raise ReplayError(f"{name} {value:g}: must be above 0")
-    if options.seed < 0:
-        raise ReplayError(f"--seed {options.seed}: must not be negative")
-    trace = _slice(read_trace(options.trace), options)
-    block_tokens = read_metadata(options.trace)["block_tokens"] if "prefix_hashes" in trace.columns else 0
-    engine, why = _choose_engine(options)
-    tp = options.tp or len(options.gpus or ()) or (_SIM_TP if engine == "sim" else 1)
-    gpus = _choose_gpus(options, engine, tp)
-    if options.freq_mhz is not None and not gpus:
-        raise ReplayError("--freq with a URL needs --gpus: which GPUs of this host serve it?")
+    for name, count in (("--seed", options.seed), ("--num-warmups", options.num_warmups or 0)):
+        if count < 0:
+            raise ReplayError(f"{name} {count}: must not be negative")
+    if options.power != "nvml" and not options.power.startswith(("csv:", "prometheus:")):
+        raise ReplayError(f"--power {options.power}: use one of {', '.join(POWER)}")
+
+
+def _check_for_engine(options: RunOptions, engine: str, *, known_gpus: bool) -> None:
+    """Raise `ReplayError` for an option that means nothing to `engine`."""
+    for name, asked in (("--freq", options.freq_mhz), ("--power-cap", options.power_cap_w)):
+        if asked is not None and not known_gpus:
+            raise ReplayError(f"{name} with a URL needs --gpus: which GPUs of this host serve it?")
+        if asked is not None and options.power != "nvml":
+            raise ReplayError(f"{name} needs --power nvml: through {options.power} GPUs can be read, not set")
+    if engine == "sim" and options.power_cap_w is not None:
+        raise ReplayError("--power-cap: the simulated GPUs' cap is in their --profile")
+    if engine == "sim" and options.power != "nvml":
+        raise ReplayError(f"--power {options.power}: a simulated engine draws simulated power only")
     if engine == "sim" and options.model not in {None, options.profile}:
         raise ReplayError(
             f"--model {options.model}: the simulated engine serves what its --profile says, {options.profile}"
         )
-    model = options.model or {"sim": load_profile(options.profile).name, "vllm": DEFAULT_MODEL}.get(engine)
-    return Plan(options, trace, block_tokens, engine, why, tp, gpus, model, _run_dir(options, engine, tp))
+    if engine == "url" and options.replicas > 1:
+        raise ReplayError("--replicas with a URL: replay launches replicas itself, with --engine vllm or sim")
+    if options.steps is not None and engine != "url":
+        raise ReplayError("--steps is where an attached server logs its steps; a launched one is followed by itself")
+    if options.power.startswith("csv:") and not known_gpus:
+        raise ReplayError(f"--power {options.power} needs --gpus: which of the meter's channels are the server's?")
 
 
 def _slice(trace: pl.DataFrame, options: RunOptions) -> pl.DataFrame:
@@ -127,15 +190,18 @@ def _choose_engine(options: RunOptions) -> tuple[str, str]:
     return "vllm", "GPU and vLLM found"
 
 
-def _choose_gpus(options: RunOptions, engine: str, tp: int) -> tuple[int, ...]:
-    """The GPUs that serve: those named, else the first `tp`; none for a URL without --gpus."""
-    if options.gpus is not None:
-        if len(set(options.gpus)) != len(options.gpus):
-            raise ReplayError(f"--gpus {','.join(map(str, options.gpus))}: names a GPU twice")
-        if len(options.gpus) != tp:
-            raise ReplayError(f"--tp {tp} needs {tp} GPUs, but --gpus names {len(options.gpus)}")
-        return options.gpus
-    return () if engine == "url" else tuple(range(tp))
+def _choose_gpus(options: RunOptions, engine: str, tp: int) -> tuple[tuple[int, ...], ...]:
+    """The GPUs of each instance: of those named, else the first; none for a URL without --gpus."""
+    wanted, gpus = tp * options.replicas, options.gpus
+    if gpus is None:
+        gpus = () if engine == "url" else tuple(range(wanted))
+    else:
+        if len(set(gpus)) != len(gpus):
+            raise ReplayError(f"--gpus {','.join(map(str, gpus))}: names a GPU twice")
+        if len(gpus) != wanted:
+            times = f" and --replicas {options.replicas} need" if options.replicas > 1 else " needs"
+            raise ReplayError(f"--tp {tp}{times} {wanted} GPUs, but --gpus names {len(gpus)}")
+    return tuple(gpus[i * tp : (i + 1) * tp] for i in range(options.replicas))
 
 
 def _run_dir(options: RunOptions, engine: str, tp: int) -> Path:
@@ -146,7 +212,8 @@ def _run_dir(options: RunOptions, engine: str, tp: int) -> Path:
         return options.output
     clock = f"{options.freq_mhz}MHz" if options.freq_mhz else "unlocked"
     stem = re.sub(r"[^\w.-]+", "-", options.trace.stem)
-    base = f"{stem}-{engine}-tp{tp}-{clock}-{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
+    size = f"tp{tp}" if options.replicas == 1 else f"tp{tp}x{options.replicas}"
+    base = f"{stem}-{engine}-{size}-{clock}-{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
     candidates = (Path("runs") / f"{base}{suffix}" for suffix in ("", *(f"-{i}" for i in range(2, 1000))))
     return next(path for path in candidates if not path.exists())
 
@@ -175,3 +242,14 @@ def fit_lengths(trace: pl.DataFrame, max_model_len: int | None, overlong: str) -
         f"{count} of {trace.height} requests are longer than the model's {max_model_len} tokens (request_id "
         f"{first['request_id']}: {first['input_tokens']} + {first['output_tokens']}); use --overlong drop or clip"
     )
+
+
+def route(trace: pl.DataFrame, instances: int) -> list[int]:
+    """The instance that each request of `trace` goes to: in turn, or for a session always the same."""
+    if "session_id" not in trace.columns:
+        return [i % instances for i in range(trace.height)]
+    turn = trace.with_row_index("row")
+    # A session takes the turn of its first request; requests without one take their own.
+    first = pl.col("row").min().over("session_id")
+    chosen = turn.select(pl.when(pl.col("session_id").is_null()).then(pl.col("row")).otherwise(first) % instances)
+    return chosen.to_series().to_list()

@@ -88,6 +88,14 @@ POWER = pl.Schema(
         "throttle_reasons": pl.UInt64(),
     }
 )
+CPU_ENERGY = pl.Schema(
+    {
+        "t_ns": pl.Int64(),
+        "host": pl.String(),
+        "domain": pl.String(),  # package-0, dram-0, ...
+        "energy_uj": pl.UInt64(),  # the counter, its wrap-arounds added up
+    }
+)
 SERVER_METRICS = pl.Schema(
     {
         "t_ns": pl.Int64(),
@@ -112,6 +120,7 @@ TABLES: dict[str, pl.Schema] = {
     "steps": STEPS,
     "segments": SEGMENTS,
     "power": POWER,
+    "cpu_energy": CPU_ENERGY,
     "server_metrics": SERVER_METRICS,
     "truth": TRUTH,
 }

@@ -14,7 +14,6 @@ import signal
 import struct
 import subprocess
 import sys
-import time
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -32,7 +31,6 @@ FORMAT = 1  # of the log
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _POLL_S = 0.2
 _FLUSH_NS = NS_PER_S
-_WAIT_S = 5.0  # for the first file: the engine makes it before it answers
 _LENGTH = struct.Struct("<I")
 # What vLLM makes of the header `X-Request-Id: 17`: the prompt's number and, in the engine, a random suffix follow.
 _OURS = re.compile(r"cmpl-(\d+)-\d+(?:-[0-9a-f]+)?")
@@ -127,6 +125,7 @@ class StepLogDecoder:
         if ours:
             if self._next is not None and step != self._next:
                 self.missing += step - self._next
+                self._writer.skip(step - self._next)
             self._next = step + 1
             self.cost_ns.append(cost_ns)
             parts = [self._part(*part) for part in zip(numbers, tokens, contexts, strict=True)]
@@ -231,9 +230,6 @@ class StepFollower:
 
 def follow(folder: Path, run_dir: Path, instance: int, since_ns: int) -> None:
     """Write steps as they come until stdin closes, then what is left."""
-    deadline_s = time.monotonic() + _WAIT_S
-    while not any(folder.glob("*.steps")) and time.monotonic() < deadline_s:
-        time.sleep(_POLL_S)
     reader = StepLogReader(folder)
     writer = StepWriter(run_dir, instance)
     decoder = StepLogDecoder(writer, since_ns)

@@ -129,6 +129,10 @@ class StepWriter:
                 self._open[request] = segment
                 self._rows.segments.append(segment)
 
+    def skip(self, steps: int) -> None:
+        """Leave a gap of `steps` that are not known."""
+        self._step += steps
+
     def take(self) -> Rows:
         """What was recorded since the last call, ready for `write`; steps that follow go to new rows."""
         rows, self._rows = self._rows, Rows([], [])

@@ -8,6 +8,8 @@ import polars as pl
 from replay.clock import NS_PER_MS, NS_PER_S
 from replay.rundir import Run
 
+_EDGE_NS = NS_PER_S  # what a counter may miss at either edge of the window
+
 
 def summarize(run_dir: Path) -> dict[str, Any]:
     """Counts, latencies in ms, power in W and energy in J of the run in `run_dir`; None where nothing was measured."""
@@ -18,8 +20,8 @@ def summarize(run_dir: Path) -> dict[str, Any]:
     seconds = (end_ns - start_ns) / NS_PER_S
     ok = requests.filter(pl.col("status") == "ok")
     output_tokens = ok["output_tokens"].sum() if ok["output_tokens"].null_count() < ok.height else None
-    gpus = manifest["instances"][0]["gpus"]
-    energy_j = _counter_j(run, gpus, start_ns, end_ns)
+    gpus = [gpu for instance in manifest["instances"] for gpu in instance["gpus"]]
+    energy_j, energy_why = _counter_j(run, gpus, start_ns, end_ns)
     return {
         "run": str(run_dir),
         "state": manifest["state"],
@@ -39,6 +41,7 @@ def summarize(run_dir: Path) -> dict[str, Any]:
         "freq_mhz": manifest["instances"][0]["freq_mhz"],
         "freq_asked_mhz": manifest["instances"][0]["freq_asked_mhz"],
         "energy_j": energy_j,
+        "energy_why": energy_why,
         "mean_power_w": None if energy_j is None else energy_j / seconds,
         "verdicts": manifest["verdicts"],
     }
@@ -53,15 +56,30 @@ def _percentiles(ns: pl.Series) -> dict[str, float] | None:
     return {f"p{q}": float(ms.quantile(q / 100, "linear") or 0.0) for q in (50, 90, 99)}
 
 
-def _counter_j(run: Run, gpus: list[int], start_ns: int, end_ns: int) -> float | None:
-    """What the energy counters of `gpus` gained between the readings nearest inside the window."""
+def _counter_j(run: Run, gpus: list[int], start_ns: int, end_ns: int) -> tuple[float | None, str | None]:
+    """What the energy counters of `gpus` gained between the readings nearest inside the window, or why it is unknown.
+
+    A counter that fell back, or of which the readings end early, tells nothing of the whole window.
+    """
     if not gpus or not run.has("power"):
-        return None
-    inside = run.scan("power").filter(pl.col("gpu").is_in(gpus) & pl.col("t_ns").is_between(start_ns, end_ns))
-    gained = inside.group_by("gpu").agg((pl.col("energy_mj").max() - pl.col("energy_mj").min()).alias("mj")).collect()
-    if gained.height < len(gpus) or gained["mj"].null_count():
-        return None
-    return float(gained["mj"].sum()) / 1e3
+        return None, "no power was read"
+    within = pl.col("gpu").is_in(gpus) & pl.col("t_ns").is_between(start_ns, end_ns) & pl.col("energy_mj").is_not_null()
+    readings = run.scan("power").filter(within).select("gpu", "t_ns", "energy_mj").sort("t_ns").collect()
+    gained_mj = 0
+    for gpu in gpus:
+        t_ns, counter_mj = readings.filter(pl.col("gpu") == gpu).select("t_ns", pl.col("energy_mj").cast(pl.Int64))
+        if len(t_ns) < 2:
+            return None, f"GPU {gpu} has no energy counter that was read"
+        if t_ns[0] - start_ns > _EDGE_NS or end_ns - t_ns[-1] > _EDGE_NS:
+            since_s, until_s = ((t - start_ns) / NS_PER_S for t in (t_ns[0], t_ns[-1]))
+            return (
+                None,
+                f"the energy counter of GPU {gpu} was read from {since_s:.1f} s to {until_s:.1f} s of the run only",
+            )
+        if (counter_mj.diff() < 0).any():
+            return None, f"the energy counter of GPU {gpu} fell back (wrap-around or reset)"
+        gained_mj += counter_mj[-1] - counter_mj[0]
+    return gained_mj / 1e3, None
 
 
 def lines(summary: dict[str, Any]) -> list[str]:
@@ -83,7 +101,7 @@ def lines(summary: dict[str, Any]) -> list[str]:
         shown = f"{s['energy_j'] / 1e3:,.2f} kJ, mean {s['mean_power_w']:,.0f} W"
         result.append(f"energy  {shown} on {len(s['gpus'])} GPUs at {clock}, by the energy counters")
     else:
-        result.append("energy  not measured")
+        result.append(f"energy  not measured: {s['energy_why']}")
     result.append("verdicts")
     marks = {True: "ok  ", False: "FAIL", None: "-   "}
     result += [f"  {marks[v['ok']]}  {v['name']:<15} {v['why']}" for v in s["verdicts"]]

@@ -133,22 +133,37 @@ def clocks_held(power: pl.DataFrame | None, gpus: Sequence[int], locked_mhz: int
     reasons = 0
     for value in readings["throttle_reasons"].drop_nulls().unique():
         reasons |= value
-    named = [name for bit, name in THROTTLE_REASONS.items() if reasons & bit]
+    named = throttle_reasons(reasons)
     why = f"{share:.1%} of readings within {CLOCK_TOLERANCE_MHZ} MHz of {locked_mhz} MHz"
     return Verdict("clocks_held", share >= CLOCK_BOUND, share, CLOCK_BOUND, why + "".join(f"; {n}" for n in named))
 
 
+def throttle_reasons(bits: int | None) -> list[str]:
+    """The names of NVML's reasons in `bits`."""
+    return [name for bit, name in THROTTLE_REASONS.items() if (bits or 0) & bit]
+
+
 def sensor_alive(power: pl.DataFrame | None, gpus: Sequence[int], start_ns: int, end_ns: int) -> Verdict:
-    """Whether power was read all the time: the share of the window not more than 0.5 s from a reading."""
+    """Whether power was read all the time: the share of the window not more than 0.5 s from a reading.
+
+    A GPU that was polled but told no power, for it was lost, was not read.
+    """
     if power is None or not gpus:
         return Verdict("sensor_alive", None, None, None, "no power was read: name the server's GPUs with --gpus")
     gap_ns = 500 * NS_PER_MS
-    worst = 1.0
+    told = power.filter(~pl.all_horizontal(pl.col("power_instant_mw", "power_average_mw", "energy_mj").is_null()))
+    worst, silent = 1.0, ""
     for gpu in gpus:
-        t = power.filter((pl.col("gpu") == gpu) & pl.col("t_ns").is_between(start_ns, end_ns))["t_ns"].sort().to_numpy()
-        edges = np.diff(np.concatenate([[start_ns], t, [end_ns]]))
-        worst = min(worst, 1 - float(edges[edges > gap_ns].sum()) / max(1, end_ns - start_ns))
-    why = f"{worst:.1%} of the run is covered by readings no more than 0.5 s apart"
+        t = told.filter((pl.col("gpu") == gpu) & pl.col("t_ns").is_between(start_ns, end_ns))["t_ns"].sort().to_numpy()
+        times = np.concatenate([[start_ns], t, [end_ns]])
+        gaps = np.diff(times)
+        share = 1 - float(gaps[gaps > gap_ns].sum()) / max(1, end_ns - start_ns)
+        if share < SENSOR_BOUND:
+            longest = int(np.argmax(gaps))
+            since_s, until_s = ((times[i] - start_ns) / 1e9 for i in (longest, longest + 1))
+            silent += f"; GPU {gpu} was not read from {since_s:.1f} s to {until_s:.1f} s of the run"
+        worst = min(worst, share)
+    why = f"{worst:.1%} of the run is covered by readings no more than 0.5 s apart{silent}"
     return Verdict("sensor_alive", worst >= SENSOR_BOUND, worst, SENSOR_BOUND, why)
 
 
@@ -161,6 +176,9 @@ def counter_agrees(power: pl.DataFrame | None, gpus: Sequence[int], start_ns: in
     inside = inside.filter(pl.col("energy_mj").is_not_null() & pl.col("power_instant_mw").is_not_null())
     counter_j = sampled_j = 0.0
     for readings in inside.partition_by("gpu"):
+        if (readings["energy_mj"].cast(pl.Int64).diff() < 0).any():
+            why = f"the energy counter of GPU {readings['gpu'][0]} fell back (wrap-around or reset): it tells no energy"
+            return Verdict(name, False, None, COUNTER_BOUND, why)
         # From one update of the counter to another: between two it stands still while power is drawn.
         updates = (readings["energy_mj"] != readings["energy_mj"].shift(1)).fill_null(value=False).arg_true()
         if updates.is_empty():

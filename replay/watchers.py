@@ -12,8 +12,11 @@ from replay.clock import NS_PER_S, now_ns
 from replay.gpu.sampler import Sampler
 from replay.live import Progress, Snapshot
 from replay.records import RecordStore
+from replay.verdicts import CLOCK_TOLERANCE_MHZ, throttle_reasons
 
 _REDRAW_S = 0.25
+_STATUS_S = 0.5  # the sampler's own period of telling
+_OFF_STATUSES = 4  # off the clock for 2 s: longer than a lock takes to settle
 _RATE_S = 5.0  # the live token rate looks back so far
 
 
@@ -86,3 +89,26 @@ async def show(
 
 def _percentile(values: list[int], q: float) -> float | None:
     return float(sorted(values)[min(len(values) - 1, int(q * len(values)))]) if values else None
+
+
+async def warn_of_gpus(
+    sampler: Sampler | None, serving: Sequence[int], locked_mhz: int | None, progress: Progress
+) -> None:
+    """Say once, while it can still be mended, when a GPU leaves its locked clock or is lost; until cancelled."""
+    said: set[str] = set()
+    off: dict[int, int] = {}
+    while True:
+        status = sampler.status if sampler is not None else None
+        for gpu in serving if status is not None else ():
+            assert status is not None
+            lost, clock_mhz = status.lost.get(gpu), status.clocks_mhz.get(gpu)
+            if lost is not None and f"lost {gpu}" not in said:
+                said.add(f"lost {gpu}")
+                progress.say(f"WARNING: GPU {gpu} cannot be read any more: {lost}")
+            held = locked_mhz is None or clock_mhz is None or abs(clock_mhz - locked_mhz) <= CLOCK_TOLERANCE_MHZ
+            off[gpu] = 0 if held else off.get(gpu, 0) + 1
+            if off[gpu] >= _OFF_STATUSES and f"clock {gpu}" not in said:
+                said.add(f"clock {gpu}")
+                why = ", ".join(throttle_reasons(status.throttle_reasons.get(gpu))) or "no reason given"
+                progress.say(f"WARNING: GPU {gpu} runs at {clock_mhz} MHz, not at the locked {locked_mhz} MHz ({why})")
+        await asyncio.sleep(_STATUS_S)

@@ -12,11 +12,16 @@ from tracegen.errors import ReplayError
 _HINT = "is the server running, and is this its address?"
 
 
-async def ask_models(base_url: str, model: str | None, timeout_s: float) -> Served:
+async def ask_models(base_url: str, model: str | None, timeout_s: float, api_key: str | None = None) -> Served:
     """Ask `/v1/models` which models the server has; `model` must be one of them, None takes its only one."""
     timeout = aiohttp.ClientTimeout(total=timeout_s)
     try:
-        async with aiohttp.ClientSession(timeout=timeout) as session, session.get(f"{base_url}/v1/models") as answer:
+        async with (
+            aiohttp.ClientSession(timeout=timeout, headers=bearer(api_key)) as session,
+            session.get(f"{base_url}/v1/models") as answer,
+        ):
+            if answer.status in {401, 403}:
+                raise ReplayError(f"{base_url} wants an API key (HTTP {answer.status}); set OPENAI_API_KEY")
             if answer.status != 200:
                 raise ReplayError(
                     f"{base_url}/v1/models answers HTTP {answer.status}; is this an OpenAI-compatible server?"
@@ -36,7 +41,12 @@ async def ask_models(base_url: str, model: str | None, timeout_s: float) -> Serv
     if model not in found:
         asked = f"has no model '{model}'" if model else "serves several models"
         raise ReplayError(f"{base_url} {asked}; choose with --model: {', '.join(found) or 'it lists none'}")
-    return Served(base_url, model, lengths[model], simulated)
+    return Served(base_url, model, lengths[model], simulated, api_key)
+
+
+def bearer(api_key: str | None) -> dict[str, str]:
+    """The header that carries `api_key`."""
+    return {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
 
 
 def _why(error: BaseException) -> str:
@@ -49,9 +59,14 @@ class AttachedEngine:
     """`replay.engines.base.Engine` for a running server."""
 
     kind = "attached"
+    command = None
 
-    def __init__(self, url: str, model: str | None, timeout_s: float) -> None:
-        """`url` with or without `/v1`; `timeout_s` bounds the first question."""
+    def __init__(
+        self, url: str, model: str | None, timeout_s: float, api_key: str | None = None, step_log: Path | None = None
+    ) -> None:
+        """`url` with or without `/v1`; `timeout_s` bounds the first question; `step_log`: its recorder's folder."""
+        self.step_log = step_log
+        self._api_key = api_key
         self._base_url = url.rstrip("/").removesuffix("/v1")
         self._model = model
         self._timeout_s = timeout_s
@@ -65,7 +80,7 @@ class AttachedEngine:
 
     async def ready(self) -> Served:
         """Ask the server what it serves."""
-        return await ask_models(self._base_url, self._model, self._timeout_s)
+        return await ask_models(self._base_url, self._model, self._timeout_s, self._api_key)
 
     def alive(self) -> bool:
         """A server that is not ours shows its death in its answers only."""

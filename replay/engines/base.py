@@ -1,6 +1,6 @@
 """The boundary to servers: how replay starts one, finds it and ends it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, Self
 
@@ -15,12 +15,21 @@ class Served:
     model: str
     max_model_len: int | None  # None where the server does not say
     simulated: bool = False  # whether the server says so of itself
+    api_key: str | None = field(default=None, repr=False)  # sent as a bearer token; never written down
 
 
 class Engine(Protocol):
     """A server for the length of a run, as an async context; leaving it ends what it started."""
 
     kind: str  # `simulated`, `vllm` or `attached`
+
+    @property
+    def command(self) -> list[str] | None:
+        """What is started, without keys; None where nothing is."""
+
+    @property
+    def step_log(self) -> Path | None:
+        """Where vLLM's step recorder logs; None where the engine writes its own steps, or none."""
 
     async def __aenter__(self) -> Self:
         """Start the server, if it is ours to start."""

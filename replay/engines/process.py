@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -15,6 +16,12 @@ from replay.clock import NS_PER_S, now_ns
 from tracegen.errors import ReplayError
 
 _POLL_S = 0.1
+_LOG_BYTES = 64 * 1024  # of its end: a traceback of several processes
+_LINE_CHARS = 100
+# `(EngineCore pid=12) ERROR 11-23 03:11:52 [core.py:123] `, as vLLM's processes begin their lines.
+_PREFIX = re.compile(r"^(\(\w+[^)]*pid=\d+\)\s*)?((DEBUG|INFO|WARNING|ERROR|CRITICAL) [\d-]+ [\d:.]+ \[[^\]]*\]\s*)?")
+_RAISED = re.compile(r"[\w.]*(Error|Exception|Exit)\b.*: ")
+_CONSEQUENCE = re.compile(r"root cause|Engine core initialization failed|EngineDeadError")  # of an error said before
 
 
 def free_port() -> int:
@@ -67,7 +74,7 @@ class ServerProcess:
                         f"{self._name} was not ready within {timeout_s:g} s (--ready-check-timeout-sec); "
                         f"its last words: {self.last_words()}"
                     )
-                progress(f"waiting for {self._name} ({waited_s:.0f} s)")
+                progress(f"waiting for {self._name} ({waited_s:.0f} s): {self._last_line()}")
                 await asyncio.sleep(_POLL_S)
         raise ReplayError(f"{self._name} ended while starting; its last words: {self.last_words()}")
 
@@ -82,7 +89,18 @@ class ServerProcess:
             await self._process.wait()
 
     def last_words(self) -> str:
-        """The last line of the log that says something, an error before other lines."""
-        lines = [line.strip() for line in self._log.read_text(errors="replace").splitlines() if line.strip()]
+        """What the log says last: the error that began the end, else an error, else anything."""
+        lines = self._lines()
         errors = [line for line in lines if "error" in line.lower()]
-        return (errors or lines or ["(it said nothing)"])[-1][:300]
+        causes = [line for line in lines if _RAISED.match(line) and not _CONSEQUENCE.search(line)]
+        return (causes or errors or lines or ["(it said nothing)"])[-1][:300]
+
+    def _last_line(self) -> str:
+        return (self._lines() or ["it has said nothing yet"])[-1][:_LINE_CHARS]
+
+    def _lines(self) -> list[str]:
+        """The end of the log, without what logging puts before each message."""
+        with self._log.open("rb") as log:
+            log.seek(max(0, self._log.stat().st_size - _LOG_BYTES))
+            text = log.read().decode(errors="replace")
+        return [line for raw in text.splitlines() if (line := _PREFIX.sub("", raw).strip())]

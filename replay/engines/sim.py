@@ -19,6 +19,7 @@ class SimEngine:
     """`replay.engines.base.Engine` for the simulated engine."""
 
     kind = "simulated"
+    step_log = None
 
     def __init__(
         self,
@@ -28,6 +29,8 @@ class SimEngine:
         port: int,
         board: Path,
         run_dir: Path,
+        instance: int,
+        log: Path,
         timeout_s: float,
         progress: Callable[[str], None],
     ) -> None:
@@ -41,12 +44,13 @@ class SimEngine:
             "--gpus": ",".join(map(str, gpus)),
             "--board": board,
             "--record": run_dir,
-            "--instance": 0,
+            "--instance": instance,
             "--profile": hardware.profile.name,
             "--model": model,
         }
         argv = [sys.executable, "-m", "replay.sim.server", *(str(part) for pair in arguments.items() for part in pair)]
-        self._server = ServerProcess("the simulated engine", argv, run_dir / "server.log")
+        self.command = argv
+        self._server = ServerProcess("the simulated engine", argv, log)
 
     async def __aenter__(self) -> Self:
         """Start the server."""

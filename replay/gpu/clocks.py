@@ -1,93 +1,95 @@
-"""Lock SM clocks for as long as a run lasts.
+"""How GPUs run now, and giving them back to their driver: `replay clocks show` and `replay clocks reset`.
 
-`ClockLock` starts a small process that locks the clocks and gives them back when its standard input closes: at the end
-of the run, on an error, on Ctrl-C, and when replay is killed with SIGKILL. Whether the clocks held under load is told
-by the readings (`replay.verdicts.clocks_held`).
+Whether a clock is locked cannot be shown: no driver tells it. What tells is the SM clock beside the supported ones,
+and the reasons that throttle it.
 """
 
-import asyncio
-import json
-import signal
-import subprocess
-import sys
-from collections.abc import Sequence
-from contextlib import ExitStack
-from typing import Self
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from typing import Any
 
-from replay.gpu.base import Gpus, open_gpus
-from tracegen.errors import GpuError, WattraceError
+from replay.gpu.base import GpuInfo, Gpus
+from replay.verdicts import THROTTLE_REASONS
+from tracegen.errors import GpuError
 
 
-def nearest_clock(gpus: Gpus, indices: Sequence[int], mhz: int) -> int:
-    """The supported SM clock nearest to `mhz` (the lower of two).
+def show(gpus: Gpus) -> list[dict[str, Any]]:
+    """One entry a GPU: who it is, its clocks (MHz), power and limits (W), temperature (°C), utilization (%), processes.
 
-    Raises `GpuError` when `mhz` lies outside what one of the cards supports.
+    What a driver does not tell is None; `error` says why all of it is, on a GPU that does not answer.
     """
-    nearest = mhz
-    for gpu in indices:
-        clocks = gpus.supported_clocks_mhz(gpu)
-        if not clocks:
-            raise GpuError(f"GPU {gpu} lists no supported SM clocks; run without --freq")
-        if not clocks[0] <= mhz <= clocks[-1]:
-            raise GpuError(
-                f"--freq {mhz}: GPU {gpu} supports SM clocks from {clocks[0]} to {clocks[-1]} MHz; choose one of these"
-            )
-        nearest = min(clocks, key=lambda clock: (abs(clock - mhz), clock))
-    return nearest
+    return [_entry(gpus, device) for device in gpus.devices()]
 
 
-class ClockLock:
-    """SM clocks of some GPUs, locked while this async context lasts."""
+def reset(gpus: Gpus, indices: Sequence[int]) -> tuple[list[str], list[str]]:
+    """Unlock the SM clocks of `indices` and restore their default power limits: what was done, and what was refused.
 
-    def __init__(self, spec: str, indices: Sequence[int], mhz: int) -> None:
-        """`spec` as for `open_gpus`; `mhz` a supported clock."""
-        self._argv = [sys.executable, "-m", "replay.gpu.clocks", spec, ",".join(map(str, indices)), str(mhz)]
-        self._holder: asyncio.subprocess.Process | None = None
+    A GPU that refuses does not keep the others from being reset.
+    """
+    done: list[str] = []
+    refused: list[str] = []
 
-    async def __aenter__(self) -> Self:
-        """Lock. Raises `GpuError` when the driver refuses; then nothing is left changed."""
-        self._holder = await asyncio.create_subprocess_exec(
-            *self._argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
-        )
-        assert self._holder.stdout is not None
+    def attempt(step: Callable[[Gpus, int], str], gpu: int) -> None:
         try:
-            line = await self._holder.stdout.readline()
-        except BaseException:  # cancelled: a context that was not entered is not left either
-            await self.__aexit__()
-            raise
-        answer = json.loads(line) if line else {"error": "the process that locks clocks ended without a word"}
-        if "error" in answer:
-            await self._holder.wait()
-            raise GpuError(answer["error"])
-        return self
+            done.append(step(gpus, gpu))
+        except GpuError as error:
+            refused.append(str(error))
 
-    async def __aexit__(self, *_: object) -> None:
-        """Restore, and wait until it is done."""
-        if self._holder is not None and self._holder.stdin is not None:
-            self._holder.stdin.close()
-            await self._holder.wait()
+    for gpu in indices:
+        attempt(_unlock, gpu)
+        attempt(_uncap, gpu)
+    return done, refused
 
 
-def hold(spec: str, indices: Sequence[int], mhz: int) -> None:
-    """Lock, say so on stdout, wait for stdin to close, restore."""
-    with ExitStack() as stack:  # one GPU that refuses does not keep the others locked
-        gpus = open_gpus(spec)
-        stack.callback(gpus.close)
-        for gpu in indices:
-            gpus.lock_clock(gpu, mhz)
-            stack.callback(gpus.unlock_clock, gpu)
-        print(json.dumps({"locked_mhz": mhz}), flush=True)  # noqa: T201 - the answer to the parent
-        sys.stdin.buffer.read()
+def _unlock(gpus: Gpus, gpu: int) -> str:
+    gpus.unlock_clock(gpu)
+    return f"GPU {gpu}: the SM clock is the driver's"
 
 
-def _main(argv: list[str]) -> None:
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda *_: sys.exit(0))
+def _uncap(gpus: Gpus, gpu: int) -> str:
+    state = gpus.state(gpu)
+    limit_w, default_w = state.power_limit_w, state.power_limit_default_w
+    if default_w is None or limit_w is None:
+        return f"GPU {gpu}: it has no power limit that could be changed"
+    if limit_w == default_w:
+        return f"GPU {gpu}: the power limit is the default, {default_w:g} W"
+    gpus.set_power_limit(gpu, default_w)
+    return f"GPU {gpu}: the power limit is the default again, {default_w:g} W (it was {limit_w:g} W)"
+
+
+def _entry(gpus: Gpus, device: GpuInfo) -> dict[str, Any]:
+    """What `show` tells of `device`."""
+    entry: dict[str, Any] = {"gpu": device.gpu, "uuid": device.uuid, "name": device.name, "error": None}
     try:
-        hold(argv[0], [int(gpu) for gpu in argv[1].split(",")], int(argv[2]))
-    except WattraceError as error:
-        print(json.dumps({"error": str(error)}), flush=True)  # noqa: T201 - the answer to the parent
+        return entry | _now(gpus, device.gpu)
+    except GpuError as error:
+        return entry | dict.fromkeys(_KEYS) | {"error": str(error)}
 
 
-if __name__ == "__main__":
-    _main(sys.argv[1:])
+_KEYS = (
+    "sm_clock_mhz", "sm_clock_lowest_mhz", "sm_clock_highest_mhz", "mem_clock_mhz", "throttled_by", "power_w",
+    "power_limit_w", "power_limit_default_w", "power_limit_range_w", "temperature_c", "utilization", "mig", "processes",
+)  # fmt: skip
+
+
+def _now(gpus: Gpus, gpu: int) -> dict[str, Any]:
+    """The values of `_KEYS` for `gpu`."""
+    reading, state, clocks = gpus.read(gpu), gpus.state(gpu), gpus.supported_clocks_mhz(gpu)
+    power_mw = reading.power_average_mw if reading.power_instant_mw is None else reading.power_instant_mw
+    reasons = reading.throttle_reasons
+    values = (
+        reading.sm_clock_mhz,
+        clocks[0] if clocks else None,
+        clocks[-1] if clocks else None,
+        reading.mem_clock_mhz,
+        None if reasons is None else [name for bit, name in THROTTLE_REASONS.items() if reasons & bit],
+        None if power_mw is None else power_mw / 1000,
+        state.power_limit_w,
+        state.power_limit_default_w,
+        state.power_limit_range_w,
+        reading.temperature_c,
+        reading.utilization,
+        state.mig,
+        [asdict(process) for process in state.processes],
+    )
+    return dict(zip(_KEYS, values, strict=True))

@@ -1,8 +1,9 @@
 """Read the power sensors in a process of its own, and keep every reading.
 
 `Sampler` starts `python -m replay.gpu.sampler`, which polls each GPU at about a quarter of its sensor's period, writes
-`power.parquet` in parts a second apart and prints a status line now and then. Unchanged readings are kept: a sensor
-that updates to the same value has still measured.
+`power.parquet` (and `cpu_energy.parquet`) in parts a second apart and prints a status line now and then. Unchanged
+readings are kept: a sensor that updates to the same value has still measured. A GPU that cannot be read any more gets
+rows without values, one a try, while the others are read on.
 """
 
 import asyncio
@@ -15,21 +16,25 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
 import polars as pl
 
 from replay.clock import NS_PER_MS, NS_PER_S, now_ns
-from replay.gpu.base import Gpus, Reading, open_gpus
-from replay.rundir import POWER, PartWriter
+from replay.gpu.base import PowerSource, Reading, open_power
+from replay.gpu.rapl import POWERCAP, CpuEnergy
+from replay.rundir import CPU_ENERGY, POWER, PartWriter
 from tracegen.errors import GpuError, WattraceError
 
 _UNKNOWN_PERIOD_NS = 100 * NS_PER_MS  # polled as if it were this where a sensor's period is not published
 _POLLS_PER_PERIOD = 4.35  # above 4 as the sensor must be dated to a quarter period; no whole number, so phases vary
 _FLUSH_NS = NS_PER_S
 _STATUS_NS = NS_PER_S // 2
+_CPU_NS = 100 * NS_PER_MS  # RAPL counts every millisecond: its energy between two readings is exact at any distance
+_RETRY_NS = NS_PER_S  # a driver can take long to say that a card is gone, and the others wait meanwhile
+_BY_GPU = ("watts", "clocks_mhz", "throttle_reasons", "lost")
 
 
 class UpdateClock:
@@ -75,16 +80,29 @@ class Status:
     written_ns: int  # all readings up to here are in the run directory
     watts: dict[int, float | None]
     clocks_mhz: dict[int, int | None]
-    error: str | None = None
+    throttle_reasons: dict[int, int | None] = field(default_factory=dict)  # NVML bit mask of the latest reading
+    lost: dict[int, str] = field(default_factory=dict)  # GPUs that cannot be read now, and why
+    error: str | None = None  # why there is no sampler
 
 
 class Sampler:
     """The sampler process, as an async context."""
 
-    def __init__(self, spec: str, indices: Sequence[int], run_dir: Path, host: str) -> None:
-        """`spec` as for `open_gpus`; `indices` the GPUs to read."""
+    def __init__(
+        self,
+        spec: str,
+        indices: Sequence[int],
+        run_dir: Path,
+        host: str,
+        *,
+        with_cpu: bool = False,
+        powercap: Path = POWERCAP,
+    ) -> None:
+        """`spec` as for `open_power`; `indices` the GPUs to read; `with_cpu`: the CPUs' energy too, from `powercap`."""
         gpus = ",".join(map(str, indices))
         self._argv = [sys.executable, "-m", "replay.gpu.sampler", spec, gpus, str(run_dir), host]
+        if with_cpu:
+            self._argv += ["--with-cpu", str(powercap)]
         self._process: asyncio.subprocess.Process | None = None
         self._reader: asyncio.Task[None] | None = None
         self._news = asyncio.Event()
@@ -131,59 +149,99 @@ class Sampler:
         assert self._process.stdout is not None
         async for line in self._process.stdout:
             message = json.loads(line)
-            for key in ("watts", "clocks_mhz"):
+            for key in _BY_GPU:
                 message[key] = {int(gpu): value for gpu, value in message.get(key, {}).items()}
             self.status = Status(**{"t_ns": 0, "written_ns": 0, **message})
             self._news.set()
         self._news.set()
 
 
+@dataclass
+class _Polled:
+    """Where the polling of one GPU stands."""
+
+    clock: UpdateClock
+    latest: Reading | None = None
+    lost: str | None = None  # why the latest poll failed
+    pause_ns: int = 0  # until the next try; doubled with each one that fails
+    due_ns: int = 0
+
+
 class _Loop:
     """The polling loop inside the sampler process."""
 
-    def __init__(self, gpus: Gpus, indices: Sequence[int], run_dir: Path, host: str) -> None:
-        self._gpus, self._indices, self._host = gpus, indices, host
+    def __init__(
+        self, gpus: PowerSource, indices: Sequence[int], run_dir: Path, host: str, cpu: CpuEnergy | None = None
+    ) -> None:
+        self._gpus, self._host, self._cpu = gpus, host, cpu
         self._writer = PartWriter(run_dir, "power")
+        self._cpu_writer = PartWriter(run_dir, "cpu_energy") if cpu else None
         self._rows: list[tuple[Any, ...]] = []
+        self._cpu_rows: list[tuple[Any, ...]] = []
         periods = {g: s.period_ns for g in indices if (s := gpus.sensors(g).get("instant")) is not None}
-        self._clocks = {g: UpdateClock(periods.get(g)) for g in indices}
+        self._polled = {g: _Polled(UpdateClock(periods.get(g))) for g in indices}
         self._poll_ns = round(min(periods.values(), default=_UNKNOWN_PERIOD_NS) / _POLLS_PER_PERIOD)
         self._written_ns = 0
 
     def run(self) -> None:
-        """Poll until stdin closes; flush at the end and on a lost GPU."""
-        due_ns = next_flush_ns = next_status_ns = now_ns()
-        latest: dict[int, Reading] = {}
+        """Poll until stdin closes; flush at the end. Raises `GpuError` when a GPU's first poll fails."""
+        due_ns = next_flush_ns = next_status_ns = next_cpu_ns = now_ns()
         try:
             while not _stdin_closed(due_ns):
-                for gpu in self._indices:
-                    latest[gpu] = self._poll(gpu)
+                for gpu in self._polled:
+                    self._poll(gpu)
                 t_ns = now_ns()
+                if t_ns >= next_cpu_ns:
+                    self._poll_cpu()
+                    next_cpu_ns = _next_on_grid(next_cpu_ns, _CPU_NS)
                 if t_ns >= next_flush_ns:
                     self._flush(t_ns)
                     next_flush_ns = t_ns + _FLUSH_NS
                 if t_ns >= next_status_ns:
-                    _report(t_ns, self._written_ns, latest)
+                    _report(t_ns, self._written_ns, self._polled)
                     next_status_ns = t_ns + _STATUS_NS
-                # A late poll is not made up for: the next is due on the grid after now.
-                due_ns += self._poll_ns * max(1, math.ceil((now_ns() - due_ns) / self._poll_ns))
+                due_ns = _next_on_grid(due_ns, self._poll_ns)
         finally:
             self._flush(now_ns())
 
-    def _poll(self, gpu: int) -> Reading:
-        before_ns = now_ns()
-        reading = self._gpus.read(gpu)
-        t_ns = (before_ns + now_ns()) // 2
-        sensor_ns = None
-        if reading.power_instant_mw is not None:
-            sensor_ns = self._clocks[gpu].poll(t_ns, reading.power_instant_mw)
-        self._rows.append((t_ns, sensor_ns, self._host, gpu, *asdict(reading).values()))
-        return reading
+    def _poll(self, gpu: int) -> None:
+        """Add a row of `gpu`: its reading, or one without values when it fails after it could be read before."""
+        polled, before_ns = self._polled[gpu], now_ns()
+        if before_ns < polled.due_ns:
+            return
+        try:
+            reading = self._gpus.read(gpu)
+            polled.lost, polled.pause_ns = None, 0
+        except GpuError as error:
+            if polled.latest is None:
+                raise
+            reading, polled.lost = Reading(), str(error)
+            polled.pause_ns = min(_RETRY_NS, 2 * polled.pause_ns or self._poll_ns)
+        after_ns = now_ns()
+        t_ns = (before_ns + after_ns) // 2
+        polled.latest, polled.due_ns = reading, after_ns + polled.pause_ns
+        values = asdict(reading)
+        sensor_ns = values.pop("sensor_ns")
+        if sensor_ns is None and reading.power_instant_mw is not None:
+            sensor_ns = polled.clock.poll(t_ns, reading.power_instant_mw)
+        self._rows.append((t_ns, sensor_ns, self._host, gpu, *values.values()))
+
+    def _poll_cpu(self) -> None:
+        for reading in self._cpu.read() if self._cpu else ():
+            self._cpu_rows.append((reading.t_ns, self._host, reading.domain, reading.energy_uj))
 
     def _flush(self, t_ns: int) -> None:
         self._writer.append(pl.DataFrame(self._rows, schema=POWER, orient="row"))
         self._rows.clear()
+        if self._cpu_writer is not None:
+            self._cpu_writer.append(pl.DataFrame(self._cpu_rows, schema=CPU_ENERGY, orient="row"))
+            self._cpu_rows.clear()
         self._written_ns = t_ns
+
+
+def _next_on_grid(due_ns: int, period_ns: int) -> int:
+    """When it is due again after `due_ns`; what is late is not made up for, but skipped."""
+    return due_ns + period_ns * max(1, math.ceil((now_ns() - due_ns) / period_ns))
 
 
 def _stdin_closed(until_ns: int) -> bool:
@@ -193,14 +251,21 @@ def _stdin_closed(until_ns: int) -> bool:
     return bool(readable) and os.read(0, 4096) == b""
 
 
-def _report(t_ns: int, written_ns: int, latest: dict[int, Reading]) -> None:
+def _report(t_ns: int, written_ns: int, polled: dict[int, _Polled]) -> None:
     """Print one status line for the parent."""
+    latest = {gpu: p.latest or Reading() for gpu, p in polled.items()}
     watts = {
         gpu: None if (mw := _first(r.power_instant_mw, r.power_average_mw)) is None else mw / 1000
         for gpu, r in latest.items()
     }
-    clocks = {gpu: r.sm_clock_mhz for gpu, r in latest.items()}
-    message = {"t_ns": t_ns, "written_ns": written_ns, "watts": watts, "clocks_mhz": clocks}
+    message = {
+        "t_ns": t_ns,
+        "written_ns": written_ns,
+        "watts": watts,
+        "clocks_mhz": {gpu: r.sm_clock_mhz for gpu, r in latest.items()},
+        "throttle_reasons": {gpu: r.throttle_reasons for gpu, r in latest.items()},
+        "lost": {gpu: p.lost for gpu, p in polled.items() if p.lost is not None},
+    }
     with contextlib.suppress(BrokenPipeError):
         print(json.dumps(message), flush=True)  # noqa: T201 - the status line
 
@@ -212,11 +277,12 @@ def _first(*values: int | None) -> int | None:
 def _main(argv: list[str]) -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda *_: sys.exit(0))
-    spec, indices, run_dir, host = argv
+    spec, indices, run_dir, host, *with_cpu = argv
     try:
-        gpus = open_gpus(spec)
+        cpu = CpuEnergy.open(Path(with_cpu[1])) if with_cpu else None
+        gpus = open_power(spec)
         try:
-            _Loop(gpus, [int(gpu) for gpu in indices.split(",")], Path(run_dir), host).run()
+            _Loop(gpus, [int(gpu) for gpu in indices.split(",")], Path(run_dir), host, cpu).run()
         finally:
             gpus.close()
     except WattraceError as error:

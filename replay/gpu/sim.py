@@ -24,7 +24,7 @@ from typing import Self
 import msgspec
 import numpy as np
 
-from replay.gpu.base import GpuInfo, Reading, Sensor
+from replay.gpu.base import GpuInfo, GpuState, Reading, Sensor
 from replay.sim.hardware import ClockRange, Hardware, Profile, SensorModel
 from tracegen.errors import GpuError
 
@@ -240,6 +240,23 @@ class SimGpus:
     def unlock_clock(self, gpu: int) -> None:
         """Give the SM clock of `gpu` back: it then runs at its highest."""
         self._board.lock_clock(gpu, None)
+
+    def state(self, gpu: int) -> GpuState:
+        """A simulated GPU is nobody else's; memory and power caps are not simulated."""
+        self._board.clock_mhz(gpu)  # refuses an index that does not exist
+        return GpuState(
+            mig=False,
+            memory_total_mib=None,
+            memory_used_mib=None,
+            processes=(),
+            power_limit_w=None,
+            power_limit_default_w=None,
+            power_limit_range_w=None,
+        )
+
+    def set_power_limit(self, gpu: int, watts: float) -> None:
+        """Raises `GpuError`: the simulated node's cap is its profile's."""
+        raise GpuError(f"the simulated GPU {gpu} takes no power cap of {watts:g} W; its cap is in the profile")
 
     def close(self) -> None:
         """Close the board."""

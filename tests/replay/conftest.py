@@ -153,7 +153,7 @@ def plain_server():
 
 @pytest.fixture(scope="session")
 def nvml_library(tmp_path_factory):
-    """The folder of a libnvidia-ml.so.1 with two GPUs (gpu/fake_nvml.c)."""
+    """The folder of a libnvidia-ml.so.1 whose GPUs do as they are told (gpu/fake_nvml.c)."""
     if COMPILER is None or not sys.platform.startswith("linux"):
         pytest.skip("needs Linux and a C compiler")
     folder = tmp_path_factory.mktemp("nvml")
@@ -165,12 +165,18 @@ def nvml_library(tmp_path_factory):
 
 @pytest.fixture
 def driver(nvml_library, tmp_path):
-    """The environment in which that library is found, by its mode; the loader reads it when a process starts."""
+    """The environment in which that library is found, by its mode and other settings (`gpus=8`: FAKE_NVML_GPUS).
 
-    def driver(mode=""):
+    The loader reads it when a process starts.
+    """
+
+    def driver(mode="", **settings):
         path = os.pathsep.join(filter(None, [str(nvml_library), os.environ.get("LD_LIBRARY_PATH")]))
         log = tmp_path / "clocks.log"
-        return {**os.environ, "LD_LIBRARY_PATH": path, "FAKE_NVML_MODE": mode, "FAKE_NVML_LOG": str(log)}
+        return {
+            **os.environ, "LD_LIBRARY_PATH": path, "FAKE_NVML_MODE": mode, "FAKE_NVML_LOG": str(log),
+            **{f"FAKE_NVML_{name.upper()}": str(value) for name, value in settings.items()},
+        }  # fmt: skip
 
     return driver
 
@@ -183,4 +189,7 @@ def vllm_package(tmp_path):
     for folder in (package, package.parent, package.parent.parent):
         (folder / "__init__.py").touch()
     shutil.copy(Path(__file__).parent / "fake_vllm.py", package / "main.py")
+    described = tmp_path / "site" / "vllm-0.32.0.dist-info"
+    described.mkdir()
+    (described / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0\n")
     return tmp_path / "site"

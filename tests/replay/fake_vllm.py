@@ -11,6 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 MODEL = sys.argv[2]
+KEPT = ("CUDA_VISIBLE_DEVICES", "VLLM_NO_USAGE_STATS", "WATTRACE_STEPS")
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -49,8 +50,8 @@ def main():
         sys.stdout.write("Loading weights\nRuntimeError: CUDA out of memory\n[rank0] shutting down\n")
         sys.exit(1)
     if log := os.environ.get("FAKE_VLLM_LOG"):
-        kept = {name: os.environ.get(name) for name in ("CUDA_VISIBLE_DEVICES", "VLLM_NO_USAGE_STATS")}
-        Path(log).write_text(json.dumps({"argv": sys.argv[1:], "env": kept}))
+        kept = {name: os.environ.get(name) for name in KEPT}
+        Path(log).write_text(json.dumps({"argv": sys.argv[1:], "env": kept, "path": os.environ.get("PYTHONPATH")}))
     port = int(sys.argv[sys.argv.index("--port") + 1])
     ThreadingHTTPServer(("127.0.0.1", port), Handler).serve_forever()
 

@@ -2,16 +2,20 @@
 
 import asyncio
 import json
+import os
+import shutil
 import socket
 import subprocess
 import sys
+from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 from aiohttp import web
 
 from replay.engines.attach import AttachedEngine
 from replay.engines.process import check_port, free_port
-from replay.engines.vllm import VllmEngine
+from replay.engines.vllm import VllmEngine, VllmLaunch, check_arguments, check_version, inspect_vllm, redact
 from replay.rundir import Run
 from tracegen.errors import ReplayError
 
@@ -69,7 +73,8 @@ def test_a_named_model_is_taken_among_several_and_its_context_may_be_unknown():
         (None, {"body": b"[1, 2]"}, "answers no list of models"),
         (None, {"body": b'{"data": [{"name": "a"}]}'}, "answers no list of models"),
         (None, {"body": b"\xff\xfe"}, "answers no list of models"),
-        (None, {"status": 401}, "/v1/models answers HTTP 401"),
+        (None, {"status": 401}, "wants an API key (HTTP 401); set OPENAI_API_KEY"),
+        (None, {"status": 500}, "/v1/models answers HTTP 500"),
         (None, {"path": "/other"}, "/v1/models answers HTTP 404; is this an OpenAI-compatible server?"),
     ],
 )
@@ -129,13 +134,14 @@ def vllm(vllm_package, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(vllm_package))
     monkeypatch.setenv("FAKE_VLLM_LOG", str(tmp_path / "started.json"))
 
-    def launch(mode="", timeout_s=30.0, python=None, uuids=("GPU-a", "GPU-b"), arguments=("--max-model-len=4096",)):
+    def launch(
+        mode="", timeout_s=30.0, python=None, uuids=("GPU-a", "GPU-b"), arguments=("--max-model-len=4096",), steps=None
+    ):
         monkeypatch.setenv("FAKE_VLLM_MODE", mode)
 
         async def main():
-            engine = VllmEngine(
-                "org/model", 2, uuids, free_port(), python, arguments, tmp_path / "log", timeout_s, quiet
-            )
+            start = VllmLaunch("org/model", 2, uuids, free_port(), python, arguments, tmp_path / "log", steps)
+            engine = VllmEngine(start, timeout_s, quiet)
             async with engine:
                 served = await engine.ready()
                 assert engine.alive()
@@ -153,10 +159,64 @@ def test_vllm_is_launched_on_the_chosen_gpus_with_its_arguments(vllm, tmp_path):
     port = served.base_url.rpartition(":")[2]
     assert started["argv"] == [
         "serve", "org/model", "--host", "127.0.0.1", "--port", port, "--tensor-parallel-size", "2",
-        "--enable-request-id-headers", "--max-model-len=4096",
+        "--enable-request-id-headers", "--enable-prompt-tokens-details", "--max-model-len=4096",
     ]  # fmt: skip
-    assert started["env"] == {"CUDA_VISIBLE_DEVICES": "GPU-a,GPU-b", "VLLM_NO_USAGE_STATS": "1"}
+    assert started["env"] == {
+        "CUDA_VISIBLE_DEVICES": "GPU-a,GPU-b", "VLLM_NO_USAGE_STATS": "1", "WATTRACE_STEPS": None
+    }  # fmt: skip
     assert (served.model, served.max_model_len) == ("org/model", 4096)
+
+
+def test_a_recorded_vllm_finds_the_recorder_and_still_its_own_packages(vllm, tmp_path, vllm_package):
+    vllm(steps=tmp_path / "steps")
+    started = json.loads((tmp_path / "started.json").read_text())
+    assert started["argv"][started["argv"].index("--scheduler-cls") + 1] == "wattrace_steps.scheduler"
+    assert started["env"]["WATTRACE_STEPS"] == str(tmp_path / "steps")
+    recorder, *rest = started["path"].split(os.pathsep)
+    assert (Path(recorder) / "wattrace_steps.py").is_file()
+    assert rest == [str(vllm_package)]
+
+
+def test_versions_are_those_of_the_environment_that_serves(vllm_package, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(vllm_package))
+    found = inspect_vllm(None)
+    assert found["vllm"] == "0.32.0"
+    assert found["msgspec"] == version("msgspec")
+    monkeypatch.delenv("PYTHONPATH")
+    with pytest.raises(ReplayError, match=r"has no vLLM; 'pip install wattrace\[vllm\]' there"):
+        inspect_vllm(None)
+    for python in ("/no/python", shutil.which("true")):
+        with pytest.raises(ReplayError, match="is no Python that can be run"):
+            inspect_vllm(python)
+
+
+def test_versions_that_the_recorder_does_not_know():
+    assert check_version("0.32.0", record_steps=True) is None
+    assert check_version("0.32.1.dev3+cpu", record_steps=True) is None
+    assert "newer than what the step recorder knows (0.14 to 0.33)" in check_version("1.2.0", record_steps=True)
+    assert check_version("1.2.0", record_steps=False) is None
+    with pytest.raises(ReplayError, match=r"vLLM 0.9.2 is older .*; upgrade vLLM, or .* --no-record-steps"):
+        check_version("0.9.2", record_steps=True)
+    assert check_version("0.9.2", record_steps=False) is None
+    assert "no version number" in check_version("unknown", record_steps=True)
+
+
+@pytest.mark.parametrize(
+    "argument", ["--port=1", "--tensor-parallel-size", "--data_parallel_size=2", "--scheduler-cls"]
+)
+def test_arguments_that_replay_gives_itself_are_refused(argument):
+    with pytest.raises(ReplayError, match=f"--vllm-arg {argument}: replay sets .* itself; "):
+        check_arguments(["--max-model-len=9", argument])
+    check_arguments(["--max-model-len=9", "--portable"])
+
+
+@pytest.mark.parametrize("secret", [["--api-key=s3cret"], ["--api-key", "s3cret"], ["--hf-token", "s3cret"]])
+def test_keys_are_not_written_down(secret):
+    shown = redact(["serve", *secret, "--port", "1"])
+    assert "s3cret" not in str(shown)
+    assert shown[0] == "serve"
+    assert shown[-2:] == ["--port", "1"]
+    assert secret[0].partition("=")[0] in str(shown)
 
 
 def test_vllm_that_dies_while_starting_is_quoted(vllm):

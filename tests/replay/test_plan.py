@@ -1,6 +1,7 @@
 """What cannot be run is said before anything is started; what was left open is filled in."""
 
 import math
+from pathlib import Path
 
 import polars as pl
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 
 from replay import plan as plan_module
 from replay.engines.vllm import DEFAULT_MODEL
-from replay.plan import RunOptions, fit_lengths, make_plan
+from replay.plan import RunOptions, fit_lengths, make_plan, route
 from tracegen.errors import GpuError, ReplayError, TraceError, WattraceError
 
 URL = "http://127.0.0.1:9"
@@ -48,6 +49,18 @@ class Driver:
         ({"duration_ns": 0}, "no request arrives within --duration"),
         ({"profile": "abacus"}, "abacus"),
         ({"model": "gpt"}, "--model gpt: the simulated engine serves what its --profile says"),
+        ({"replicas": 0}, "--replicas 0: must be above 0"),
+        ({"replicas": 2, "tp": 2, "gpus": (0, 1)}, "--tp 2 and --replicas 2 need 4 GPUs, but --gpus names 2"),
+        ({"engine": URL, "replicas": 2}, "--replicas with a URL"),
+        ({"power_cap_w": 300.0}, "--power-cap: the simulated GPUs' cap is in their --profile"),
+        ({"engine": URL, "power_cap_w": 300.0}, "--power-cap with a URL needs --gpus"),
+        ({"power_cap_w": 0.0}, "--power-cap 0: must be above 0"),
+        ({"power": "meter"}, "--power meter: use one of nvml, csv:FILE, prometheus:URL"),
+        ({"power": "csv:a.csv"}, "--power csv:a.csv: a simulated engine draws simulated power only"),
+        ({"engine": URL, "power": "csv:a.csv"}, "--power csv:a.csv needs --gpus"),
+        ({"engine": URL, "gpus": (0,), "power": "csv:a.csv", "freq_mhz": 900}, "--freq needs --power nvml"),
+        ({"steps": Path("steps")}, "--steps is where an attached server logs its steps"),
+        ({"num_warmups": -1}, "--num-warmups -1: must not be negative"),
     ],
 )
 def test_a_wrong_option_is_one_clear_line(trace, options, message):
@@ -106,6 +119,8 @@ def test_the_run_directory_tells_what_was_run_and_is_new(trace):
         ({"engine": URL}, 1, ()),
         ({"engine": URL, "tp": 4}, 4, ()),
         ({"engine": URL, "gpus": (2, 3)}, 2, (2, 3)),
+        ({"engine": "sim", "replicas": 3}, 2, tuple(range(6))),
+        ({"engine": "sim", "replicas": 2, "gpus": (7, 6, 1, 0)}, 2, (7, 6, 1, 0)),
     ],
 )
 def test_tp_and_gpus_fill_each_other_in(trace, options, tp, gpus):
@@ -129,10 +144,26 @@ def test_auto_with_a_gpu_takes_vllm_or_names_the_ways_out(trace, monkeypatch):
     monkeypatch.setattr(plan_module, "vllm_installed", lambda: False)
     with pytest.raises(ReplayError, match=r"wattrace\[vllm\].*--vllm-python.*--engine sim"):
         make_plan(RunOptions(trace))
-    assert make_plan(RunOptions(trace, vllm_python="/opt/python")).engine == "vllm"
+    monkeypatch.setattr(plan_module, "inspect_vllm", lambda python: {"vllm": "0.32.0", "python": python})
+    elsewhere = make_plan(RunOptions(trace, vllm_python="/opt/python"))
+    assert (elsewhere.engine, elsewhere.vllm_versions["python"]) == ("vllm", "/opt/python")
     monkeypatch.setattr(plan_module, "vllm_installed", lambda: True)
     plan = make_plan(RunOptions(trace))
     assert (plan.engine, plan.model, plan.tp, plan.gpus) == ("vllm", DEFAULT_MODEL, 1, (0,))
+    assert (plan.no_steps, plan.warmups) == (None, 8)
+
+
+def test_a_vllm_that_is_too_new_runs_without_steps_and_one_too_old_not_at_all(trace, monkeypatch):
+    monkeypatch.setattr(plan_module, "open_gpus", lambda spec: Driver())
+    monkeypatch.setattr(plan_module, "vllm_installed", lambda: True)
+    versions = {}
+    monkeypatch.setattr(plan_module, "inspect_vllm", lambda python: versions)
+    versions["vllm"] = "0.99.0"
+    assert "newer than what the step recorder knows" in make_plan(RunOptions(trace, engine="vllm")).no_steps
+    assert "--no-record-steps" in make_plan(RunOptions(trace, engine="vllm", record_steps=False)).no_steps
+    versions["vllm"] = "0.8.0"
+    with pytest.raises(ReplayError, match="older than what the step recorder knows"):
+        make_plan(RunOptions(trace, engine="vllm"))
 
 
 def test_duration_and_num_prompts_cut_the_trace(trace):
@@ -142,6 +173,20 @@ def test_duration_and_num_prompts_cut_the_trace(trace):
     assert ids() == [100, 101, 102]
     assert ids(duration_ns=2_000_000_000) == [100, 101]
     assert ids(num_prompts=1) == [100]
+
+
+def test_replicas_take_gpus_in_turn(trace):
+    plan = make_plan(RunOptions(trace, engine="sim", replicas=2, gpus=(7, 6, 1, 0)))
+    assert plan.groups == ((7, 6), (1, 0))
+    assert "-tp2x2-" in plan.run_dir.name
+
+
+def test_requests_go_to_instances_in_turn_and_sessions_stay():
+    frame = pl.DataFrame({"request_id": range(7)})
+    assert route(frame, 3) == [0, 1, 2, 0, 1, 2, 0]
+    assert route(frame, 1) == [0] * 7
+    sessions = frame.with_columns(session_id=pl.Series([5, None, 5, 6, None, 6, 5], dtype=pl.UInt64))
+    assert route(sessions, 3) == [0, 1, 0, 0, 1, 0, 0]
 
 
 def lengths(pairs):

@@ -1,166 +1,146 @@
-"""Clocks are locked for as long as the lock lasts, and given back on every way out."""
+"""`replay clocks`: how the GPUs run, and giving them back; on the fake driver through the real pynvml."""
 
-import asyncio
-import io
 import json
 import subprocess
 import sys
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from replay.gpu import clocks
-from replay.gpu.clocks import ClockLock, hold, nearest_clock
-from replay.gpu.sim import SimBoard
+from replay.gpu.sim import SimBoard, SimGpus
 from replay.sim.hardware import load_profile
-from tracegen.errors import GpuError
-
-PROFILE = load_profile("dgx-h100-llama-2-70b")
-
-
-class Fake:
-    """GPUs by their supported clocks; `locked` is what a driver would know."""
-
-    def __init__(self, supported, refuse_unlock=()):
-        self.supported, self.refuse_unlock, self.locked = supported, refuse_unlock, {}
-
-    def supported_clocks_mhz(self, gpu):
-        return self.supported[gpu]
-
-    def lock_clock(self, gpu, mhz):
-        if mhz not in self.supported[gpu]:
-            raise GpuError(f"GPU {gpu} refuses {mhz}")
-        self.locked[gpu] = mhz
-
-    def unlock_clock(self, gpu):
-        if gpu in self.refuse_unlock:
-            raise GpuError(f"GPU {gpu} is lost")
-        del self.locked[gpu]
-
-    def close(self):
-        self.closed = True
-
-
-@given(st.sets(st.integers(100, 3000), min_size=1), st.integers(0, 4000))
-def test_the_nearest_clock_is_supported_and_none_is_nearer(supported, mhz):
-    gpus = Fake({0: sorted(supported)})
-    if not min(supported) <= mhz <= max(supported):
-        with pytest.raises(GpuError, match=f"--freq {mhz}: GPU 0 supports SM clocks from {min(supported)} to"):
-            nearest_clock(gpus, [0], mhz)
-        return
-    nearest = nearest_clock(gpus, [0], mhz)
-    assert nearest in supported
-    assert abs(nearest - mhz) == min(abs(clock - mhz) for clock in supported)
-
-
-def test_of_two_equally_near_it_is_the_lower_and_every_card_is_asked():
-    assert nearest_clock(Fake({0: [1200, 1210]}), [0], 1205) == 1200
-    with pytest.raises(GpuError, match="--freq 1500: GPU 1 supports SM clocks from 210 to 1410 MHz; choose one"):
-        nearest_clock(Fake({0: [210, 1980], 1: [210, 1410]}), [0, 1], 1500)
-    with pytest.raises(GpuError, match="GPU 0 lists no supported SM clocks; run without --freq"):
-        nearest_clock(Fake({0: []}), [0], 1200)
 
 
 @pytest.fixture
-def board(tmp_path):
-    with SimBoard.create(tmp_path / "board", PROFILE) as board:
-        yield board
+def ask(driver):
+    """The value of `expression` on the GPUs of the fake driver, and the states that it leaves."""
 
-
-def locked(board):
-    return [board.clock_mhz(gpu) for gpu in range(8)]
-
-
-FREE = [1980] * 8
-
-
-def test_clocks_are_locked_inside_and_free_outside(board, tmp_path):
-    async def main():
-        async with ClockLock(f"sim:{tmp_path / 'board'}", [1, 3], 1200):
-            return locked(board)
-
-    assert asyncio.run(main()) == [1980, 1200, 1980, 1200, 1980, 1980, 1980, 1980]
-    assert locked(board) == FREE
-
-
-def test_an_error_inside_gives_them_back(board, tmp_path):
-    async def main():
-        async with ClockLock(f"sim:{tmp_path / 'board'}", [0], 1200):
-            raise ZeroDivisionError
-
-    with pytest.raises(ZeroDivisionError):
-        asyncio.run(main())
-    assert locked(board) == FREE
-
-
-@pytest.mark.parametrize(
-    ("gpus", "mhz", "message"),
-    [([0, 9], 1200, "GPU 9 does not exist"), ([0], 1201, "GPU 0 cannot be locked to 1201 MHz")],
-)
-def test_a_refused_lock_is_an_error_and_leaves_nothing_changed(board, tmp_path, gpus, mhz, message):
-    async def main():
-        async with ClockLock(f"sim:{tmp_path / 'board'}", gpus, mhz):
-            raise AssertionError("locked")
-
-    with pytest.raises(GpuError, match=message):
-        asyncio.run(main())
-    assert locked(board) == FREE
-
-
-def test_a_missing_driver_is_an_error(tmp_path):
-    with pytest.raises(GpuError, match="no simulated board"):
-        asyncio.run(ClockLock(f"sim:{tmp_path / 'none'}", [0], 1200).__aenter__())
-
-
-def test_killing_the_parent_gives_them_back(board, tmp_path, until):
-    script = f"""
-import asyncio
-from replay.gpu.clocks import ClockLock
-async def main():
-    async with ClockLock("sim:{tmp_path / "board"}", [0, 1], 1410):
-        print("locked", flush=True)
-        await asyncio.sleep(600)
-asyncio.run(main())
+    def ask(expression, mode="", **settings):
+        script = f"""
+import json
+from replay.gpu.base import open_gpus
+from replay.gpu.clocks import reset, show
+gpus = open_gpus("nvml")
+print(json.dumps({expression}))
+gpus.close()
 """
-    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as parent:
-        assert parent.stdout.readline() == "locked\n"
-        assert locked(board)[:3] == [1410, 1410, 1980]
-        parent.kill()
-    until(lambda: locked(board) == FREE)
+        done = subprocess.run(
+            [sys.executable, "-c", script], env=driver(mode, **settings), capture_output=True, text=True, timeout=60,
+            check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    return ask
 
 
-def test_ending_the_holder_gives_them_back(board, tmp_path):
-    argv = [sys.executable, "-m", "replay.gpu.clocks", f"sim:{tmp_path / 'board'}", "0", "1200"]
-    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
-        assert json.loads(holder.stdout.readline()) == {"locked_mhz": 1200}
-        assert locked(board)[0] == 1200
-        holder.terminate()
-        assert holder.wait(20) == 0
-    assert locked(board) == FREE
+def test_show_tells_of_every_gpu_how_it_runs(ask, tmp_path):
+    (tmp_path / "clocks.log").write_text("1 1200\n1 W 500\n")
+    free, held = ask("show(gpus)", processes="1:4294967:1024")
+    power_w = held.pop("power_w")
+    assert 150 <= power_w <= 156
+    assert held == {
+        "gpu": 1,
+        "uuid": "GPU-fake-1",
+        "name": "NVIDIA H100 80GB HBM3",
+        "error": None,
+        "sm_clock_mhz": 1200,
+        "sm_clock_lowest_mhz": 210,
+        "sm_clock_highest_mhz": 1980,
+        "mem_clock_mhz": 2619,
+        "throttled_by": [],
+        "power_limit_w": 500,
+        "power_limit_default_w": 700,
+        "power_limit_range_w": [200, 700],
+        "temperature_c": 41,
+        "utilization": 55,
+        "mig": False,
+        "processes": [{"pid": 4294967, "name": "fake-4294967", "memory_mib": 1024}],
+    }
+    assert (free["sm_clock_mhz"], free["power_limit_w"], free["processes"]) == (1980, 700, [])
 
 
-def test_a_lock_that_is_cancelled_while_it_starts_leaves_no_process():
-    async def main():
-        lock = ClockLock("sim:none", [0], 1200)
-        lock._argv = [sys.executable, "-c", "import sys; sys.stdin.read()"]
-        entering = asyncio.create_task(lock.__aenter__())
-        while lock._holder is None:
-            await asyncio.sleep(0.01)
-        entering.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await entering
-        return lock._holder.returncode
-
-    assert asyncio.run(main()) == 0
+def test_show_names_what_throttles(ask, tmp_path):
+    (tmp_path / "clocks.log").write_text("0 1200\n")
+    held = ask("show(gpus)", "throttled")[0]
+    assert (held["sm_clock_mhz"], held["throttled_by"]) == (1050, ["software power cap"])
 
 
-def test_one_gpu_that_refuses_does_not_keep_the_others_locked(monkeypatch, capsys):
-    gpus = Fake({gpu: [1200] for gpu in range(3)}, refuse_unlock=[1])
-    monkeypatch.setattr(clocks, "open_gpus", lambda spec: gpus)
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
-    with pytest.raises(GpuError, match="GPU 1 is lost"):
-        hold("any", [0, 1, 2], 1200)
-    assert gpus.locked == {1: 1200}
-    assert gpus.closed
-    assert json.loads(capsys.readouterr().out) == {"locked_mhz": 1200}
+def test_show_tells_what_a_driver_does_not_tell_as_null(ask):
+    entry = ask("show(gpus)", "bare")[0]
+    told = {key: value for key, value in entry.items() if value is not None}
+    assert told == {"gpu": 0, "uuid": "GPU-fake-0", "name": "NVIDIA Nothing", "mig": False, "processes": []}
+
+
+@pytest.fixture
+def lose(tmp_path):
+    """What takes GPU 0 off the bus while the GPUs are open, as a setting and an expression."""
+    power = tmp_path / "power"
+    power.touch()
+    return {"power": power}, f"open({str(power)!r}, 'w').write('0 1 -1\\n')"
+
+
+def test_show_goes_on_past_a_gpu_that_is_lost(ask, lose):
+    settings, lose_it = lose
+    lost, alive = ask(f"[{lose_it}, show(gpus)][1]", **settings)
+    assert lost["error"].startswith("GPU 0: ")
+    assert "GPU is lost" in lost["error"]
+    assert lost.keys() == alive.keys()
+    assert [key for key, value in lost.items() if value is not None] == ["gpu", "uuid", "name", "error"]
+    assert (alive["error"], alive["sm_clock_mhz"]) == (None, 1980)
+
+
+def test_reset_unlocks_and_restores_the_default_limit(ask, tmp_path):
+    (tmp_path / "clocks.log").write_text("0 1200\n1 1410\n1 W 500\n")
+    done, refused = ask("reset(gpus, [0, 1])")
+    assert done == [
+        "GPU 0: the SM clock is the driver's",
+        "GPU 0: the power limit is the default, 700 W",
+        "GPU 1: the SM clock is the driver's",
+        "GPU 1: the power limit is the default again, 700 W (it was 500 W)",
+    ]
+    assert refused == []
+    assert (tmp_path / "clocks.log").read_text().splitlines()[3:] == ["0 0", "1 0", "1 W 700"]
+
+
+def test_reset_touches_only_the_gpus_that_are_named(ask, tmp_path):
+    ask("reset(gpus, [1])")
+    assert (tmp_path / "clocks.log").read_text() == "1 0\n"
+
+
+def test_reset_goes_on_past_a_gpu_that_is_lost_and_tells_of_it(ask, lose, tmp_path):
+    settings, lose_it = lose
+    done, refused = ask(f"[{lose_it}, reset(gpus, [0, 1])][1]", **settings)
+    assert refused[0].startswith("GPU 0: nvmlDeviceResetGpuLockedClocks failed: GPU is lost")
+    assert {line[:6] for line in refused} == {"GPU 0:"}
+    assert [line[:6] for line in done] == ["GPU 1:", "GPU 1:"]
+    assert (tmp_path / "clocks.log").read_text() == "1 0\n"
+
+
+def test_reset_without_permission_changes_nothing_and_names_every_gpu(ask, tmp_path):
+    (tmp_path / "clocks.log").write_text("0 W 500\n")
+    done, refused = ask("reset(gpus, [0, 1])", "denied")
+    assert done == ["GPU 1: the power limit is the default, 700 W"]
+    assert [line.partition(": changing ")[0] for line in refused] == [
+        "GPU 0: the driver refused nvmlDeviceResetGpuLockedClocks",
+        "GPU 0: the driver refused nvmlDeviceSetPowerManagementLimit",
+        "GPU 1: the driver refused nvmlDeviceResetGpuLockedClocks",
+    ]
+    assert (tmp_path / "clocks.log").read_text() == "0 W 500\n"
+
+
+def test_a_card_without_power_limits_is_reset_all_the_same(ask):
+    assert ask("reset(gpus, [0])", "bare")[0][-1] == "GPU 0: it has no power limit that could be changed"
+
+
+def test_the_simulated_gpus_are_shown_and_reset_too(tmp_path):
+    with SimBoard.create(tmp_path / "board", load_profile("dgx-h100-llama-2-70b")) as board:
+        gpus = SimGpus(tmp_path / "board")
+        board.lock_clock(2, 1200)
+        shown = clocks.show(gpus)
+        assert [entry["sm_clock_mhz"] for entry in shown] == [1980, 1980, 1200, 1980, 1980, 1980, 1980, 1980]
+        assert shown[2]["name"].startswith("Simulated ")
+        done, refused = clocks.reset(gpus, [2])
+        assert (done[0], refused) == ("GPU 2: the SM clock is the driver's", [])
+        assert board.clock_mhz(2) == 1980
+        gpus.close()

@@ -4,6 +4,8 @@ import json
 import os
 import subprocess
 import sys
+import time
+from itertools import pairwise
 from pathlib import Path
 
 import polars as pl
@@ -18,7 +20,7 @@ MS = 1_000_000
 def ask(driver):
     """Run `expression` on open GPUs in a process that finds the fake driver; its value, or the error's text."""
 
-    def ask(expression, mode=""):
+    def ask(expression, mode="", **settings):
         script = f"""
 import json
 from dataclasses import asdict
@@ -32,7 +34,9 @@ except GpuError as error:
     print(json.dumps(str(error)))
 """
         argv = [sys.executable, "-c", script]
-        done = subprocess.run(argv, env=driver(mode), capture_output=True, text=True, timeout=60, check=False)
+        done = subprocess.run(
+            argv, env=driver(mode, **settings), capture_output=True, text=True, timeout=60, check=False
+        )
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout)
 
@@ -59,6 +63,7 @@ def test_a_reading_takes_instant_and_average_power_from_their_own_fields(ask):
         "temperature_c": 41,
         "utilization": 55,
         "throttle_reasons": 2,
+        "sensor_ns": None,
     }
 
 
@@ -82,11 +87,56 @@ def test_clocks_are_locked_and_given_back(ask, tmp_path):
     assert (tmp_path / "clocks.log").read_text() == "1 1200\n1 0\n"
 
 
+def test_the_state_of_a_gpu(ask, tmp_path):
+    (tmp_path / "clocks.log").write_text("0 W 450\n")
+    states = ask("[asdict(gpus.state(gpu)) for gpu in (0, 1)]", processes="0:4194400:70000,0:4194401", used_mib="1:12")
+    limits = {"power_limit_default_w": 700, "power_limit_range_w": [200, 700], "memory_total_mib": 81559, "mig": False}
+    assert states[0] == limits | {
+        "memory_used_mib": 70_000,
+        "processes": [
+            {"pid": 4194400, "name": "fake-4194400", "memory_mib": 70_000},
+            {"pid": 4194401, "name": "fake-4194401", "memory_mib": None},
+        ],
+        "power_limit_w": 450,
+    }
+    assert states[1] == limits | {"memory_used_mib": 12, "processes": [], "power_limit_w": 700}
+    assert ask("gpus.state(1).mig", "mig") is True
+
+
+def test_a_process_is_called_by_its_command_if_it_can_be_seen(ask):
+    me, unseen = os.getpid(), 4194304  # above any process id that Linux gives
+    names = ask("[[p.pid, p.name] for p in gpus.state(0).processes]", processes=f"0:{unseen}:1,0:{me}:1")
+    assert names[1] == [unseen, None]
+    assert names[0][0] == me
+    assert "pytest" in names[0][1]
+
+
+def test_of_a_card_or_driver_that_tells_nothing_the_state_is_none(ask):
+    nothing = {"mig": False, "memory_total_mib": None, "memory_used_mib": None, "processes": [], "power_limit_w": None}
+    nothing |= {"power_limit_default_w": None, "power_limit_range_w": None}
+    assert ask("asdict(gpus.state(0))", "bare") == nothing
+    old = ask("asdict(gpus.state(0))", "old", processes="0:4194400:70000")
+    # Its used memory would include what it keeps for itself.
+    assert (old["mig"], old["memory_total_mib"], old["memory_used_mib"]) == (False, 81559, None)
+    assert [process["pid"] for process in old["processes"]] == [4194400]
+    assert old["power_limit_range_w"] == [200, 700]
+
+
+def test_a_power_limit_is_set(ask, tmp_path):
+    assert ask("[gpus.set_power_limit(1, 450.0), *(gpus.state(g).power_limit_w for g in (0, 1))]") == [None, 700, 450]
+    assert (tmp_path / "clocks.log").read_text() == "1 W 450\n"
+
+
 @pytest.mark.parametrize(
     ("mode", "expression", "message"),
     [
         ("denied", "gpus.lock_clock(0, 1200)", "the driver refused nvmlDeviceSetGpuLockedClocks: changing clocks"),
-        ("lost", "gpus.read(0)", "failed: GPU is lost"),
+        ("denied", "gpus.unlock_clock(1)", "GPU 1: the driver refused nvmlDeviceResetGpuLockedClocks: changing clocks"),
+        ("nocap", "gpus.set_power_limit(0, 400)", "changing power limits needs root or CAP_SYS_ADMIN; run with sudo"),
+        ("", "gpus.set_power_limit(0, 100)", "GPU 0: nvmlDeviceSetPowerManagementLimit failed: "),
+        ("bare", "gpus.set_power_limit(0, 400)", "GPU 0: nvmlDeviceSetPowerManagementLimit failed: "),
+        ("lost", "gpus.read(0)", "GPU 0: nvmlDeviceGetFieldValues failed: GPU is lost: it fell off the bus"),
+        ("lost", "asdict(gpus.state(1))", "GPU 1: nvmlDeviceGetMigMode failed: GPU is lost: it fell off the bus"),
         ("none", "0", "the NVIDIA driver lists no GPU; to run without one use --engine sim"),
         ("broken", "0", "no NVIDIA GPU can be reached (Driver Not Loaded); to run without one use --engine sim"),
         ("", "gpus.read(2)", "GPU 2 does not exist; this host has GPUs 0 to 1"),
@@ -95,6 +145,77 @@ def test_clocks_are_locked_and_given_back(ask, tmp_path):
 )  # fmt: skip
 def test_a_refusal_is_one_clear_line(ask, mode, expression, message):
     assert message in ask(expression, mode)
+
+
+def polled(driver, seconds, **settings):
+    """(before ns, after ns, instant mW, average mW, counter mJ) of GPU 1, as often as the driver answers."""
+    script = f"""
+import json, time
+from replay.gpu.base import open_gpus
+gpus, rows = open_gpus("nvml"), []
+end = time.monotonic() + {seconds}
+while time.monotonic() < end:
+    before = time.monotonic_ns()
+    r = gpus.read(1)
+    rows.append((before, time.monotonic_ns(), r.power_instant_mw, r.power_average_mw, r.energy_mj))
+gpus.close()
+print(json.dumps(rows))
+"""
+    argv = [sys.executable, "-c", script]
+    done = subprocess.run(argv, env=driver(**settings), capture_output=True, text=True, timeout=60, check=True)
+    return json.loads(done.stdout)
+
+
+def test_the_fakes_sensors_show_what_their_settings_say(driver, tmp_path):
+    """The probe and the sampler are held against this fake, so it is held against arithmetic itself."""
+    start_ns = time.monotonic_ns() - 2_000 * MS
+    edges_ns = [start_ns + i * 131 * MS for i in range(200)]
+    levels_mw = [200_000 if i % 2 else 600_000 for i in range(200)]
+    changes = tmp_path / "power"
+    changes.write_text("".join(f"1 {t} {mw}\n" for t, mw in zip(edges_ns, levels_mw, strict=True)))
+
+    def energy_mj(t_ns):
+        """Joules since the first edge."""
+        steps = zip(edges_ns, [*edges_ns[1:], 2**63], levels_mw, strict=True)
+        return sum(mw * max(0, min(t_ns, end) - since) / 1e9 for since, end, mw in steps)
+
+    def shown(t_ns, period_ns, lag_ns, window_ns):
+        end_ns = (t_ns - 7 * MS) // period_ns * period_ns + 7 * MS - lag_ns
+        return (energy_mj(end_ns) - energy_mj(end_ns - window_ns)) / (window_ns / 1e9)
+
+    sensor = {"period_ms": 40, "window_ms": 30, "lag_ms": 12.5, "phase_ms": 7, "counter_ms": 20, "counter_mj": 50}
+    rows = polled(driver, 1.0, power=changes, **sensor)
+    seen = set()
+    for before_ns, after_ns, instant_mw, average_mw, counter_mj in rows:
+        seen.add(instant_mw)
+        for value, settings in ((instant_mw, (40 * MS, 12.5 * MS, 30 * MS)), (average_mw, (40 * MS, 0, 1000 * MS))):
+            # An update between the two times may have come before or after the value was read.
+            assert min(abs(value - shown(t, *settings)) for t in (before_ns, after_ns)) <= 1
+        assert counter_mj % 50 == 0
+    assert len(seen) > 5
+    first, last = rows[0], rows[-1]
+    true_mj = energy_mj(last[1]) - energy_mj(first[1])
+    assert last[4] - first[4] == pytest.approx(true_mj, abs=600_000 * 0.02 + 50)
+    assert (last[4] - first[4]) > 0.8 * true_mj
+
+
+def test_the_fakes_counter_wraps_around_and_a_gpu_can_be_lost_in_time(driver, ask, tmp_path):
+    counters = [row[4] for row in polled(driver, 0.8, wrap_mj=40_000)]
+    assert max(counters) < 40_000
+    assert any(b < a for a, b in pairwise(counters))
+    now_ns = time.monotonic_ns()
+    assert ask("0", lost=f"1:{now_ns}").startswith("GPU 1: nvmlDeviceGetHandleByIndex failed: GPU is lost: it fell off")
+    assert ask("gpus.read(1).temperature_c", lost=f"1:{now_ns + 600 * 1000 * MS}") == 41
+    power = tmp_path / "power"
+    power.touch()
+    lose = f"open({str(power)!r}, 'w').write('1 1 -1\\n')"
+    assert ask(f"[{lose}, gpus.read(0).temperature_c]", power=power) == [7, 40]
+    power.write_text("")
+    assert "GPU 1: nvmlDeviceGetFieldValues failed: GPU is lost" in ask(f"[{lose}, gpus.read(1)]", power=power)
+
+
+def test_the_fake_has_as_many_gpus_as_it_is_told(ask):
+    assert ask("[d.gpu for d in gpus.devices()]", gpus=8) == list(range(8))
 
 
 def test_without_the_library_the_error_names_the_way_out():
@@ -160,7 +281,7 @@ def test_a_run_locks_reads_and_gives_the_clocks_back(attached, tmp_path):
         ("denied1", "1200", "needs root or CAP_SYS_ADMIN"),
         ("", "5000", "--freq 5000: GPU 0 supports SM clocks from 210 to 1980 MHz"),
         ("bare", "1200", "GPU 0 lists no supported SM clocks; run without --freq"),
-        ("lost", "1200", "GPU is lost"),
+        ("lost", "1200", "GPU 0: nvmlDeviceSetGpuLockedClocks failed: GPU is lost"),
         ("none", "1200", "lists no GPU"),
     ],
 )
@@ -174,6 +295,14 @@ def test_clocks_that_cannot_be_had_end_the_run_before_it_starts(attached, tmp_pa
     log = tmp_path / "clocks.log"
     last = dict(line.split() for line in log.read_text().splitlines()) if log.exists() else {}
     assert set(last.values()) <= {"0"}, "what was locked is given back"
+
+
+def test_a_clock_that_is_throttled_is_named(attached, tmp_path):
+    done = attached("--freq", "1200", mode="throttled")
+    assert done.returncode == 0, done.stderr
+    held = next(v for v in Run.open(tmp_path / "run").manifest["verdicts"] if v["name"] == "clocks_held")
+    assert (held["ok"], held["value"]) == (False, 0.0)
+    assert held["why"].endswith("; software power cap")
 
 
 def test_a_gpu_that_does_not_exist_is_named(driver, plain_server, make_trace, tmp_path):

@@ -1,6 +1,7 @@
 """Every reading is kept, and each update of a sensor is dated by the polls around it."""
 
 import asyncio
+import json
 import sys
 from dataclasses import replace
 
@@ -13,9 +14,10 @@ from hypothesis import strategies as st
 from replay.clock import now_ns
 from replay.gpu import sampler as sampler_module
 from replay.gpu.base import Reading, Sensor
+from replay.gpu.rapl import CpuReading
 from replay.gpu.sampler import Sampler, UpdateClock, _Loop
 from replay.gpu.sim import SimBoard
-from replay.rundir import has_table, scan_table
+from replay.rundir import CPU_ENERGY, has_table, scan_table
 from replay.sim.hardware import load_profile
 from tracegen.errors import GpuError
 
@@ -96,11 +98,11 @@ def make_board(tmp_path):
         board.close()
 
 
-def sample(spec, run_dir, *, at_least_ms=0, until=lambda status: True):
+def sample(spec, run_dir, *, at_least_ms=0, until=lambda status: True, **options):
     """Sample GPUs 0 and 1 for `at_least_ms` and until `until(status)` holds; the last status and the table."""
 
     async def main():
-        async with Sampler(spec, [0, 1], run_dir, "here") as sampler:
+        async with Sampler(spec, [0, 1], run_dir, "here", **options) as sampler:
             assert sampler.alive
             enough_ns = sampler.status.t_ns + at_least_ms * MS
             for _ in range(1000):
@@ -183,25 +185,143 @@ def test_a_sampler_that_is_cancelled_while_it_starts_leaves_no_process(tmp_path)
     assert asyncio.run(main()) is False
 
 
-class Failing:
-    """A GPU that falls off the bus at its third reading."""
+class Clock:
+    """Time that passes only where the loop waits or a driver is slow."""
 
-    reads = 0
+    def __init__(self):
+        self.t_ns = 10**12
+
+    def __call__(self):
+        return self.t_ns
+
+    def wait_until(self, end_ns):
+        """The loop's wait for its stdin, which closes at `end_ns`."""
+
+        def closed(until_ns):
+            self.t_ns = max(self.t_ns, until_ns)
+            return self.t_ns >= end_ns
+
+        return closed
+
+
+class Failing:
+    """GPUs of which some cannot be read at some times: `gone(gpu, t_ns)`; saying so takes `slow_ns`."""
+
+    def __init__(self, clock, gone, slow_ns=0):
+        self.clock, self.gone, self.slow_ns = clock, gone, slow_ns
 
     def sensors(self, gpu):
         return {"instant": Sensor(PERIOD, 25 * MS, 0)}
 
     def read(self, gpu):
-        self.reads += 1
-        if self.reads > 2:
-            raise GpuError("GPU is lost")
-        return Reading(100_000 + self.reads, None, 5, 1200, None, None, None, None)
+        if self.gone(gpu, self.clock.t_ns):
+            self.clock.t_ns += self.slow_ns
+            raise GpuError(f"GPU {gpu} is lost")
+        shown = self.clock.t_ns // PERIOD
+        return Reading(100_000 + shown % 1000, None, shown, 1200, None, None, None, 1 << gpu)
 
 
-def test_a_gpu_that_is_lost_leaves_what_was_read(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sampler_module, "_stdin_closed", lambda until_ns: False)
-    with pytest.raises(GpuError, match="GPU is lost"):
-        _Loop(Failing(), [4], tmp_path, "here").run()
-    power = scan_table(tmp_path, "power").collect()
-    assert power["gpu"].to_list() == [4, 4]
-    assert power["power_instant_mw"].to_list() == [100_001, 100_002]
+@pytest.fixture
+def loop(tmp_path, monkeypatch, capsys):
+    """Run the loop in made-up time for `ms`: its power table, and its status messages."""
+
+    def run(gone, indices, *, ms, slow_ns=0, cpu=None):
+        clock = Clock()
+        monkeypatch.setattr(sampler_module, "now_ns", clock)
+        monkeypatch.setattr(sampler_module, "_stdin_closed", clock.wait_until(clock.t_ns + ms * MS))
+        _Loop(Failing(clock, gone, slow_ns), indices, tmp_path, "here", cpu).run()
+        statuses = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+        return scan_table(tmp_path, "power").collect(), statuses
+
+    return run
+
+
+def test_a_gpu_that_is_lost_gets_rows_without_values_and_the_others_are_read_on(loop):
+    power, statuses = loop(lambda gpu, t_ns: gpu == 4 and t_ns > 10**12 + 2000 * MS, [4, 5], ms=9000)
+    lost = power.filter(pl.col("gpu") == 4, pl.col("t_ns") > 10**12 + 2000 * MS)
+    assert lost.height >= 6, "it is tried again"
+    readings = lost.drop("t_ns", "host", "gpu")
+    assert sum(readings.null_count().row(0)) == lost.height * readings.width
+    before = power.filter(pl.col("gpu") == 4, pl.col("t_ns") <= 10**12 + 2000 * MS)
+    assert before["power_instant_mw"].null_count() == 0
+    other = power.filter(pl.col("gpu") == 5)
+    assert other["power_instant_mw"].null_count() == 0
+    assert other["t_ns"].diff().max() < PERIOD / 4
+    assert statuses[1]["lost"] == {}
+    assert statuses[-1]["lost"] == {"4": "GPU 4 is lost"}
+    assert statuses[-1]["watts"]["4"] is None, "an old figure is not shown as the present one"
+    assert statuses[-1]["watts"]["5"] is not None
+
+
+def test_a_gpu_that_comes_back_is_read_again_within_a_second(loop):
+    away_ns = (10**12 + 1000 * MS, 10**12 + 7000 * MS)
+    power, statuses = loop(lambda gpu, t_ns: away_ns[0] < t_ns < away_ns[1], [0], ms=10_000)
+    t_ns = power.filter(pl.col("power_instant_mw").is_not_null())["t_ns"]
+    back_ns = t_ns.filter(t_ns > away_ns[1]).min()
+    assert back_ns - away_ns[1] <= 1100 * MS
+    after = power.filter(pl.col("t_ns") >= back_ns)
+    assert after["power_instant_mw"].null_count() == 0
+    assert after["t_ns"].diff().max() < PERIOD / 4, "at the old rate"
+    assert after["sensor_ns"].null_count() == 0
+    assert statuses[-1]["lost"] == {}
+
+
+def test_one_failed_poll_costs_no_more_than_the_next_one(loop):
+    power, _ = loop(lambda gpu, t_ns: 0 <= t_ns - 10**12 - 1000 * MS < 23 * MS, [0], ms=3000)
+    assert power["power_instant_mw"].null_count() == 1
+    assert power.drop_nulls("power_instant_mw")["t_ns"].diff().max() < PERIOD
+
+
+def test_a_driver_that_is_slow_to_say_that_a_gpu_is_gone_holds_up_the_others_rarely(loop):
+    power, _ = loop(lambda gpu, t_ns: gpu == 1 and t_ns > 10**12 + MS, [0, 1], ms=20_000, slow_ns=200 * MS)
+    other_ns = power.filter(pl.col("gpu") == 0)["t_ns"].diff().drop_nulls()
+    assert (other_ns > PERIOD).sum() <= 25, "once a second"
+    assert other_ns.median() < PERIOD / 4
+
+
+@pytest.mark.parametrize("indices", [[4, 5], [5, 4]])
+def test_a_gpu_that_cannot_be_read_at_first_is_an_error(loop, indices):
+    with pytest.raises(GpuError, match="GPU 4 is lost"):
+        loop(lambda gpu, t_ns: gpu == 4, indices, ms=1000)
+
+
+def test_the_status_tells_the_latest_throttle_reasons(loop, make_board, tmp_path):
+    _, statuses = loop(lambda gpu, t_ns: False, [2, 3], ms=1000)
+    assert statuses[-1]["throttle_reasons"] == {"2": 4, "3": 8}
+    status, _ = sample(make_board(0.01), tmp_path / "run")
+    assert status.throttle_reasons == {0: None, 1: None}
+    assert status.lost == {}
+
+
+class Counting:
+    """A CPU of two domains that draws 50 W; its memory's counter cannot be read."""
+
+    def read(self):
+        t_ns = sampler_module.now_ns()
+        return [CpuReading(t_ns, "package-0", t_ns // 20), CpuReading(t_ns, "dram-0", None)]
+
+
+def test_cpu_energy_is_read_ten_times_a_second(loop, tmp_path):
+    loop(lambda gpu, t_ns: False, [0], ms=5000, cpu=Counting())
+    cpu = scan_table(tmp_path, "cpu_energy").collect()
+    assert cpu.schema == CPU_ENERGY
+    package = cpu.filter(pl.col("domain") == "package-0")
+    assert package.height == pytest.approx(50, abs=1)
+    assert (package["energy_uj"] == package["t_ns"] // 20).all()
+    assert cpu.filter(pl.col("domain") == "dram-0")["energy_uj"].null_count() == package.height
+    assert cpu["host"].unique().to_list() == ["here"]
+
+
+def test_the_process_reads_the_cpus_where_it_is_told_to(make_board, tmp_path):
+    folder = tmp_path / "powercap" / "intel-rapl:0"
+    folder.mkdir(parents=True)
+    for name, text in {"name": "package-0", "energy_uj": "7000", "max_energy_range_uj": "100000"}.items():
+        (folder / name).write_text(text + "\n")
+    sample(make_board(0.0), tmp_path / "without")
+    assert not has_table(tmp_path / "without", "cpu_energy")
+    sample(make_board(0.0), tmp_path / "with", with_cpu=True, powercap=tmp_path / "powercap")
+    cpu = scan_table(tmp_path / "with", "cpu_energy").collect()
+    assert cpu["energy_uj"].unique().to_list() == [7000]
+    with pytest.raises(GpuError, match="no CPU energy counters"):
+        sample(make_board(0.0), tmp_path / "none", with_cpu=True, powercap=tmp_path)
+    assert not has_table(tmp_path / "none", "power")

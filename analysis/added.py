@@ -1,0 +1,307 @@
+"""What requests add to what the meter shows, predicted by the model that was fitted on a run.
+
+A request's share answers "who pays for what was measured"; this answers "what would have been measured without them"
+(`added_energy`) and "what would be measured if they ran in another run" (`predict_requests`). Both can be checked with
+the meter that is there.
+"""
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+
+import numpy as np
+import polars as pl
+
+from analysis.energy import Account, accounts
+from analysis.load import Floats, RunData, load_run
+from analysis.model import TINY, pace_of
+from analysis.steps import (
+    CONTEXT_TOKENS,
+    DECODE_TOKENS,
+    PREFILL,
+    PREFILL_ATTENTION,
+    PREFILL_TOKENS,
+    Bools,
+    Ints,
+    sum_segments,
+    take,
+)
+from analysis.summary import CLIENT
+from replay.rundir import Run
+from tracegen.errors import AnalysisError
+
+MARGIN_S = 0.5  # around a lone request, for the sensors to show all of it
+QUEUED_REL = 0.05  # of the steps, in which requests may have been left waiting
+
+
+@dataclass(frozen=True)
+class Added:
+    """What a set of requests added to a run, J, of the whole group.
+
+    `steps_j` keeps the run's steps as they were: Σ over steps of E(x) - E(x without the set), the whole step where
+    nobody else was in it. `freed_j` is what idle power draws in the seconds that this frees, so `steps_j - freed_j` is
+    what the meter would show less in the same window, if the engine rested in them. A busy engine does not rest: it
+    goes on with smaller steps, and does more of them. `meter_j`, the prediction of what the meter shows less, takes
+    that into account: the requests are played again, with and without the set, on an engine that takes the model's
+    durations. It is None, and `why` says why, where requests queued: the set then delayed others, by rules not known.
+    """
+
+    requests: int
+    steps_j: float
+    freed_j: float
+    freed_s: float
+    meter_j: float | None
+    why: str | None
+    played_rel: float | None  # energy above idle of the played steps over that of the recorded ones, minus 1
+
+
+def added_energy(run: Run, request_ids: Collection[int]) -> Added:
+    """Predict what the requests `request_ids` of `run` together added to its energy.
+
+    All at once, since what single requests add (method `marginal`) does not add up. Requests that are not ours stay
+    in the recorded steps and are left out of the played ones. Takes time proportional to steps, played one by one.
+    Raises `AnalysisError` for a run without step records and where none of the requests was in a step.
+    """
+    data = load_run(run)
+    ids = pl.concat([data.requests["request_id"], data.unrecorded])
+    wanted = np.flatnonzero(ids.is_in(list(request_ids)).to_numpy())
+    result = [_added(account, wanted) for account in _with_steps(data)]
+    found = sum(part.requests for part in result)
+    if not found:
+        raise AnalysisError(f"{run.path}: none of the {len(request_ids)} requests was in an engine step")
+    known = [part.meter_j for part in result if part.meter_j is not None]
+    off = [part.played_rel for part in result if part.played_rel is not None]
+    return Added(
+        requests=found,
+        steps_j=sum(part.steps_j for part in result),
+        freed_j=sum(part.freed_j for part in result),
+        freed_s=sum(part.freed_s for part in result),
+        meter_j=sum(known) if len(known) == len(result) else None,
+        why=next((part.why for part in result if part.why), None),
+        played_rel=max(off, key=abs) if off else None,
+    )
+
+
+def predict_requests(fitted: Run, run: Run) -> pl.DataFrame:
+    """What the model of `fitted` says that each request of `run` costs, beside what the meter says, where it ran alone.
+
+    One row a request that was alone in each of its steps: `request_id`, `input_tokens`, `output_tokens`, `steps`,
+    `seconds` from its first step to its last, `predicted_s`, `measured_j` between these by the energy curve,
+    `measured_wide_j` with half a second on either side less idle power there (which a meter that lags does not miss),
+    `predicted_j` at the run's own idle power. Durations are the model's too, pauses included as in `fitted`.
+
+    Raises `AnalysisError` where either run has no step records, or their TP or clock differ.
+    """
+    a, b = load_run(fitted), load_run(run)
+    _same_settings(fitted, run)
+    model_of = _with_steps(a)[0]
+    assert model_of.model is not None
+    pace = _usual_pace(model_of)
+    frames: list[pl.DataFrame] = []
+    for account in _with_steps(b):
+        steps = account.steps
+        predicted = model_of.model.predict_s(steps.work)
+        assert predicted is not None
+        energy_j = model_of.model.energy_j(steps.work, account.idle_w, np.full(len(steps), pace))
+        request, first, last = _spans(account, b.requests.height)
+        shared = np.concatenate([[0], np.cumsum(steps.requests > 1)])
+        alone = shared[last + 1] == shared[first]
+        request, first, last = request[alone], first[alone], last[alone]
+        sums_j, sums_s = (np.concatenate([[0.0], np.cumsum(v)]) for v in (energy_j, predicted * pace))
+        start_s, end_s = steps.start_s[first], steps.end_s[last]
+        wide_j = _measured(account, start_s - MARGIN_S, end_s + MARGIN_S) - 2 * MARGIN_S * account.idle_w[last]
+        frames.append(
+            b.requests[request]
+            .select("request_id", "input_tokens", "output_tokens")
+            .with_columns(
+                steps=pl.Series(last - first + 1, dtype=pl.Int64),
+                seconds=pl.Series(end_s - start_s),
+                predicted_s=pl.Series(sums_s[last + 1] - sums_s[first]),
+                measured_j=pl.Series(_measured(account, start_s, end_s)),
+                measured_wide_j=pl.Series(wide_j),
+                predicted_j=pl.Series(sums_j[last + 1] - sums_j[first]),
+            )
+        )
+    return pl.concat(frames)
+
+
+def _with_steps(data: RunData) -> list[Account]:
+    """The accounts of the instances that recorded steps. Raises `AnalysisError` where there are none."""
+    known = [a for a in accounts(data) if a.model is not None and a.membership != CLIENT]
+    if not known:
+        raise AnalysisError(f"{data.run.path}: has no step records, so nothing can be predicted from it")
+    return known
+
+
+def _same_settings(a: Run, b: Run) -> None:
+    """Raise `AnalysisError` where a model of one run says nothing about the other."""
+    for key, name in (("tp", "TP"), ("freq_mhz", "clock"), ("model", "model")):
+        one, two = a.manifest["instances"][0].get(key), b.manifest["instances"][0].get(key)
+        if one != two:
+            raise AnalysisError(f"{b.path}: {name} {two} differs from {one} of {a.path}; predict from a run like it")
+
+
+def _usual_pace(account: Account) -> float:
+    """Durations of the run's steps, pauses included, over the model's."""
+    assert account.model is not None
+    predicted = account.model.predict_s(account.steps.work)
+    assert predicted is not None
+    return float((account.steps.end_s - account.steps.start_s).sum() / max(float(predicted.sum()), TINY))
+
+
+def _measured(account: Account, start_s: Floats, end_s: Floats) -> Floats:
+    """Joules between times, by the energy curves of the group."""
+    return np.asarray(np.sum([t.curve.at(end_s) - t.curve.at(start_s) for t in account.timelines], axis=0))
+
+
+def _spans(account: Account, requests: int) -> tuple[Ints, Ints, Ints]:
+    """Requests of the run that were in steps, with the first and the last of these."""
+    segments = account.segments
+    ours = (segments.request >= 0) & (segments.request < requests)
+    request = np.unique(segments.request[ours])
+    first = np.full(requests, np.iinfo(np.int64).max)
+    last = np.full(requests, -1)
+    np.minimum.at(first, segments.request[ours], segments.first[ours])
+    np.maximum.at(last, segments.request[ours], segments.last[ours])
+    return request, first[request], last[request]
+
+
+def _added(account: Account, wanted: Ints) -> Added:
+    """`added_energy` for one instance; `wanted` are rows of the run's requests."""
+    steps, segments, model, idle_w = account.steps, account.segments, account.model, account.idle_w
+    assert model is not None
+    chosen = np.isin(segments.request, wanted)
+    mine = take(segments, chosen)
+    _, work = sum_segments(mine, steps.g, steps.q)
+    count, _ = sum_segments(mine, np.ones(len(steps)), steps.q)
+    rest = np.maximum(steps.work - work, 0.0)
+    others = steps.requests - count > 0.5
+    pace = pace_of(model, steps)
+    whole_j = model.energy_j(steps.work, idle_w, pace)
+    rest_j = np.where(others, model.energy_j(rest, idle_w, pace), 0.0)
+    # As metered: the model's proportions, at the level of the block.
+    level = np.divide(account.balance.step_j, whole_j, out=np.zeros_like(whole_j), where=whole_j > TINY)
+    before_s, after_s = model.predict_s(steps.work), model.predict_s(rest)
+    assert before_s is not None
+    assert after_s is not None
+    freed_s = pace * np.where(others, before_s - after_s, before_s)
+    meter_j, played_rel = None, None
+    why = _queued(account)
+    if why is None:
+        tasks = _tasks(account)
+        all_j = _play_above_idle(account, tasks)
+        without_j = _play_above_idle(account, _keep(tasks, ~np.isin(tasks.request, wanted)))
+        meter_j = (all_j - without_j) * float(account.balance.step_j.sum() / max(account.parts.total.sum(), TINY))
+        played_rel = all_j / float((whole_j - idle_w * (steps.end_s - steps.start_s)).sum()) - 1
+    return Added(
+        requests=int(np.unique(mine.request).size),
+        steps_j=float(((whole_j - rest_j) * level).sum()),
+        freed_j=float((freed_s * idle_w).sum()),
+        freed_s=float(freed_s.sum()),
+        meter_j=meter_j,
+        why=why,
+        played_rel=played_rel,
+    )
+
+
+def _queued(account: Account) -> str | None:
+    """Why what the engine would have done otherwise cannot be told; None where it can."""
+    assert account.instance.steps is not None
+    queued = float(np.mean(account.instance.steps["waiting"].fill_null(0).to_numpy() > 0))
+    if queued <= QUEUED_REL:
+        return None
+    return f"requests were left waiting in {100 * queued:.0f} % of the engine's steps: it was saturated"
+
+
+@dataclass(frozen=True)
+class _Tasks:
+    """What each request asks of an engine; arrays of one length, in order of arrival."""
+
+    request: Ints
+    arrival_s: Floats
+    cached: Ints  # context there before its prefill
+    prompt: Ints  # tokens to prefill
+    decodes: Ints  # steps after that
+
+
+def _keep(tasks: _Tasks, rows: Bools | Ints) -> _Tasks:
+    return _Tasks(*(getattr(tasks, name)[rows] for name in _Tasks.__dataclass_fields__))
+
+
+def _tasks(account: Account) -> _Tasks:
+    """What the requests of an instance did, from their segments; they arrive with their first step."""
+    segments = take(account.segments, account.segments.request >= 0)
+    request, row = np.unique(segments.request, return_inverse=True)
+    count = segments.last - segments.first + 1
+    prefill = segments.kind == PREFILL
+
+    def summed(values: Floats | Ints, rows: Bools) -> Ints:
+        return np.bincount(row[rows], weights=values[rows], minlength=request.size).astype(np.int64)
+
+    first = np.full(request.size, np.iinfo(np.int64).max)
+    np.minimum.at(first, row, segments.first)
+    begins = segments.first == first[row]
+    before = segments.context - np.where(prefill, segments.tokens / 2, 0.0)
+    arrival_s = account.steps.start_s[first]
+    order = np.argsort(arrival_s, kind="stable")
+    tasks = _Tasks(
+        request=request,
+        arrival_s=arrival_s,
+        cached=summed(before, begins),
+        prompt=summed(segments.tokens * count, prefill),
+        decodes=summed(count, ~prefill),
+    )
+    return _keep(tasks, order)
+
+
+def _play_above_idle(account: Account, tasks: _Tasks) -> float:
+    """Energy above idle, J, of `tasks` on an engine that takes the model's durations."""
+    model, pace = account.model, _usual_pace(account)
+    assert model is not None
+    budget = int(account.steps.work[:, [PREFILL_TOKENS, DECODE_TOKENS]].sum(axis=1).max())
+
+    def span_s(work: Floats) -> float:
+        predicted = model.predict_s(work[None, :])
+        assert predicted is not None
+        return pace * float(predicted[0])
+
+    work = play(tasks, budget, span_s)
+    idle_w = np.full(work.shape[0], float(account.idle_w.mean()))
+    predicted = model.predict_s(work)
+    assert predicted is not None
+    energy_j = model.energy_j(work, idle_w, np.full(work.shape[0], pace)) - idle_w * pace * predicted
+    return float(energy_j.sum())
+
+
+def play(tasks: _Tasks, budget: int, span_s: Callable[[Floats], float]) -> Floats:
+    """The steps' work (n, 4) of continuous batching: decodes first, then prompts in order of arrival up to `budget`.
+
+    `span_s` tells how long a step lasts. There is no cap on running requests or on KV blocks.
+    """
+    steps: list[Floats] = []
+    prompt, decodes, arrival_s = tasks.prompt.copy(), tasks.decodes.copy(), tasks.arrival_s
+    context = tasks.cached.copy()
+    alive: list[int] = []
+    time_s, coming = 0.0, 0
+    while alive or coming < arrival_s.size:
+        if not alive:
+            time_s = max(time_s, float(arrival_s[coming]))
+        while coming < arrival_s.size and arrival_s[coming] <= time_s + TINY:
+            alive.append(coming)
+            coming += 1
+        work, left = np.zeros(4), budget
+        for i in sorted(alive, key=lambda i: prompt[i] > 0):  # stable: prompts stay in order of arrival
+            tokens = min(int(prompt[i]), left) if prompt[i] > 0 else 1
+            if prompt[i] > 0:
+                work[PREFILL_TOKENS] += tokens
+                work[PREFILL_ATTENTION] += tokens * (context[i] + tokens / 2)
+                prompt[i] -= tokens
+            else:
+                work[DECODE_TOKENS] += 1
+                work[CONTEXT_TOKENS] += context[i]
+                decodes[i] -= 1
+            context[i] += tokens
+            left -= tokens
+        steps.append(work)
+        time_s += span_s(work)
+        alive = [i for i in alive if prompt[i] > 0 or decodes[i] > 0]
+    return np.array(steps).reshape(-1, 4)

@@ -1,0 +1,164 @@
+"""Run GPUs at a clock and under a power cap for as long as a run lasts.
+
+`GpuSettings` starts a small process that sets both and gives both back when its standard input closes: at the end of
+the run, on an error, on Ctrl-C, and when replay is killed with SIGKILL. Whether the clocks held under load is told by
+the readings (`replay.verdicts.clocks_held`).
+
+A clock is given back by unlocking it, for a driver does not tell whether, and at what, it was locked before; a cap by
+restoring the limit that was there before. Should that process itself be killed with SIGKILL, both stay as they are
+until `replay clocks reset`.
+"""
+
+import asyncio
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
+from typing import Self
+
+from replay.gpu.base import Gpus, open_gpus
+from tracegen.errors import GpuError, WattraceError
+
+
+def nearest_clock(gpus: Gpus, indices: Sequence[int], mhz: int) -> int:
+    """The supported SM clock nearest to `mhz` (the lower of two).
+
+    Raises `GpuError` when `mhz` lies outside what one of the cards supports.
+    """
+    nearest = mhz
+    for gpu in indices:
+        clocks = gpus.supported_clocks_mhz(gpu)
+        if not clocks:
+            raise GpuError(f"GPU {gpu} lists no supported SM clocks; run without --freq")
+        if not clocks[0] <= mhz <= clocks[-1]:
+            raise GpuError(
+                f"--freq {mhz}: GPU {gpu} supports SM clocks from {clocks[0]} to {clocks[-1]} MHz; choose one of these"
+            )
+        nearest = min(clocks, key=lambda clock: (abs(clock - mhz), clock))
+    return nearest
+
+
+def check_power_cap(gpus: Gpus, indices: Sequence[int], watts: float) -> None:
+    """Raises `GpuError` when one of the cards cannot be capped at `watts`, with the range that it takes."""
+    for gpu in indices:
+        state = gpus.state(gpu)
+        # Without the limit that is there now it could not be restored.
+        if state.power_limit_range_w is None or state.power_limit_w is None:
+            raise GpuError(f"--power-cap {watts:g}: GPU {gpu} takes no power cap; run without --power-cap")
+        low, high = state.power_limit_range_w
+        if not low <= watts <= high:
+            raise GpuError(f"--power-cap {watts:g}: GPU {gpu} takes {low:g} to {high:g} W; choose a cap in this range")
+
+
+class GpuSettings:
+    """Clock and power cap of some GPUs, held while this async context lasts."""
+
+    def __init__(
+        self, spec: str, indices: Sequence[int], mhz: int | None = None, power_cap_w: float | None = None
+    ) -> None:
+        """`spec` as for `open_gpus`; `mhz` a supported clock; None leaves clock or cap as they are."""
+        wanted = json.dumps({"indices": [*indices], "mhz": mhz, "power_cap_w": power_cap_w})
+        self._argv = [sys.executable, "-m", "replay.gpu.settings", spec, wanted]
+        self._holder: asyncio.subprocess.Process | None = None
+        self.not_restored: str | None = None  # afterwards: what could not be given back, and why
+
+    async def __aenter__(self) -> Self:
+        """Set. Raises `GpuError` when the driver refuses; then nothing is left changed."""
+        self._holder = await asyncio.create_subprocess_exec(
+            *self._argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
+        )
+        assert self._holder.stdout is not None
+        try:
+            line = await self._holder.stdout.readline()
+        except BaseException:  # cancelled: a context that was not entered is not left either
+            await self.__aexit__()
+            raise
+        answer = json.loads(line) if line else {"error": "the process that sets the GPUs ended without a word"}
+        if "error" in answer:
+            await self._holder.wait()
+            raise GpuError(answer["error"])
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        """Restore, and wait until it is done. What a lost GPU refuses is in `not_restored`: it spoils no run."""
+        if self._holder is None or self._holder.stdin is None or self._holder.stdout is None:
+            return
+        self._holder.stdin.close()
+        words = [json.loads(line) async for line in self._holder.stdout]
+        await self._holder.wait()
+        self.not_restored = next((word["error"] for word in words if "error" in word), None)
+
+
+def hold(
+    spec: str, indices: Sequence[int], mhz: int | None, power_cap_w: float | None, wait: Callable[[], None]
+) -> None:
+    """Set, say so on stdout, `wait`, restore. Raises `GpuError` with all that was refused, setting or restoring."""
+    refused: list[str] = []
+    gpus = open_gpus(spec)
+    try:
+        if power_cap_w is not None:
+            check_power_cap(gpus, indices, power_cap_w)
+        with ExitStack() as settings:
+            for gpu in indices:
+                _set(gpus, gpu, mhz, power_cap_w, settings, refused)
+            _say({"mhz": mhz, "power_cap_w": power_cap_w})
+            wait()
+    except GpuError as error:
+        refused.insert(0, str(error))
+    finally:
+        gpus.close()
+    if refused:
+        raise GpuError("; ".join(refused))
+
+
+def _set(
+    gpus: Gpus, gpu: int, mhz: int | None, power_cap_w: float | None, settings: ExitStack, refused: list[str]
+) -> None:
+    """Set clock and cap of `gpu`; `settings` gives each back, and notes in `refused` where that failed."""
+
+    def restore(what: str, function: Callable[..., None], *arguments: float) -> None:
+        try:
+            function(gpu, *arguments)
+        except GpuError as error:  # one that refuses does not keep the others set
+            refused.append(f"{what} of GPU {gpu} is not given back: {error}")
+
+    if mhz is not None:
+        gpus.lock_clock(gpu, mhz)
+        settings.callback(restore, "the clock", gpus.unlock_clock)
+    if power_cap_w is not None:
+        before_w = gpus.state(gpu).power_limit_w
+        assert before_w is not None  # or check_power_cap had refused
+        gpus.set_power_limit(gpu, power_cap_w)
+        settings.callback(restore, "the power limit", gpus.set_power_limit, before_w)
+
+
+def _say(answer: dict[str, object]) -> None:
+    """Tell the parent, which may have died: then there is nobody to tell, and restoring goes on."""
+    with suppress(BrokenPipeError):
+        os.write(1, json.dumps(answer).encode() + b"\n")
+
+
+def _main(argv: list[str]) -> None:
+    # A signal ends the waiting and interrupts nothing: neither setting nor restoring is left half done.
+    signalled, wakeup = os.pipe()
+    os.set_blocking(wakeup, False)
+    signal.set_wakeup_fd(wakeup)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda *_: None)
+    try:
+        hold(argv[0], **json.loads(argv[1]), wait=lambda: _wait([0, signalled]))
+    except WattraceError as error:
+        _say({"error": str(error)})
+
+
+def _wait(descriptors: list[int]) -> None:
+    """Return when one of `descriptors` has something to say, or has closed."""
+    select.select(descriptors, [], [])
+
+
+if __name__ == "__main__":
+    _main(sys.argv[1:])

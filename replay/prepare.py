@@ -1,0 +1,263 @@
+"""From a plan to servers that are ready and idle: GPUs set, power sampled, engines started and warmed up.
+
+Order matters: what is wrong with the GPUs, a port or the permission to set clocks is an error before anything is
+launched; idle power is measured with the model loaded, warmed up and the clock locked. Everything that is started ends
+with the caller's exit stack, in reverse order.
+"""
+
+import asyncio
+import math
+from collections.abc import Sequence
+from contextlib import AsyncExitStack
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from replay.clock import NS_PER_S, now_ns
+from replay.engines.attach import AttachedEngine
+from replay.engines.base import Engine, Served
+from replay.engines.process import check_port, free_port
+from replay.engines.sim import SimEngine
+from replay.engines.vllm import VllmEngine, VllmLaunch
+from replay.gpu.base import Gpus, PowerSource, open_gpus, open_power
+from replay.gpu.baseline import idle_power_w
+from replay.gpu.occupancy import check_free
+from replay.gpu.sampler import Sampler
+from replay.gpu.sensor_profiles import known_sensors
+from replay.gpu.settings import GpuSettings, check_power_cap, nearest_clock
+from replay.gpu.sim import SimBoard
+from replay.live import Progress
+from replay.manifest import host
+from replay.plan import Plan
+from replay.rundir import scan_table, write_manifest
+from replay.sim.hardware import Hardware, load_profile
+from replay.steplog import StepFollower
+from replay.warmup import warm_up
+from tracegen.errors import GpuError, ReplayError
+
+_SETTLE_NS = NS_PER_S // 2  # between the last work and the idle baseline
+_REDRAW_S = 0.25
+_BOARD = ".board"  # the simulated driver's file, for as long as the run lasts
+_STEP_LOGS = ".steps"  # the step recorders' logs, likewise
+
+
+@dataclass
+class Prepared:
+    """What a run measures with; `manifest` is the run's own and grows."""
+
+    manifest: dict[str, Any]
+    engines: list[Engine] = field(default_factory=list)
+    served: list[Served] = field(default_factory=list)
+    followers: list[StepFollower] = field(default_factory=list)
+    sampler: Sampler | None = None
+    settings: GpuSettings | None = None
+    locked_mhz: int | None = None
+
+
+async def prepare(plan: Plan, prepared: Prepared, stack: AsyncExitStack, progress: Progress) -> None:
+    """Fill `prepared` up to servers that answer; `stack` ends what was started.
+
+    Raises a `WattraceError` with what is wrong and what to do.
+    """
+    ports = _ports(plan)
+    hardware = Hardware(load_profile(plan.options.profile), plan.tp) if plan.engine == "sim" else None
+    uuids = await _prepare_gpus(plan, prepared, hardware, stack, progress)
+    for number, group in enumerate(plan.groups):
+        ids = [uuids[gpu] for gpu in group] if uuids else []
+        engine = _make_engine(plan, number, hardware, ports[number], ids, progress)
+        prepared.manifest["instances"][number]["command"] = engine.command
+        prepared.engines.append(engine)
+        await stack.enter_async_context(engine)
+    prepared.served = list(await asyncio.gather(*(engine.ready() for engine in prepared.engines)))
+    for entry, served in zip(prepared.manifest["instances"], prepared.served, strict=True):
+        entry |= {"model": served.model, "max_model_len": served.max_model_len}
+    if prepared.served[0].simulated:  # also when somebody else started it
+        prepared.manifest["engine"] = "simulated"
+        if plan.engine == "url":
+            progress.say("SIMULATED: the server says that it is a simulated engine")
+    await _follow_steps(plan, prepared, stack, progress)
+
+
+def _ports(plan: Plan) -> list[int]:
+    """A port for each instance: from --port on, or free ones."""
+    if plan.engine == "url":
+        return [0]
+    if plan.options.port:
+        ports = [plan.options.port + number for number in range(len(plan.groups))]
+        for port in ports:
+            check_port(port)
+        return ports
+    ports = []
+    while len(ports) < len(plan.groups):
+        if (port := free_port()) not in ports:
+            ports.append(port)
+    return ports
+
+
+async def _prepare_gpus(
+    plan: Plan, prepared: Prepared, hardware: Hardware | None, stack: AsyncExitStack, progress: Progress
+) -> dict[int, str]:
+    """Describe, check and set the GPUs and start the sampler; UUIDs by index, empty where no GPU is known."""
+    spec = _gpu_spec(plan, hardware, stack)
+    if spec is None:
+        if plan.options.with_cpu:
+            raise ReplayError("--with-cpu goes with a power source: name the server's GPUs with --gpus")
+        return {}
+    power_spec = spec if plan.options.power == "nvml" else plan.options.power
+    source = open_power(power_spec)
+    stack.callback(source.close)
+    _describe(plan, prepared, source)
+    uuids = {entry["gpu"]: str(entry["uuid"]) for entry in prepared.manifest["gpus"]}
+    if plan.engine == "vllm" or power_spec == spec:
+        gpus = open_gpus(spec)
+        stack.callback(gpus.close)
+        uuids = {device.gpu: device.uuid for device in gpus.devices()}
+        _check_exists(plan, set(uuids))
+        _check_settings(plan, prepared, gpus, progress)
+    if prepared.locked_mhz is not None or plan.options.power_cap_w is not None:
+        prepared.settings = GpuSettings(spec, plan.gpus, prepared.locked_mhz, plan.options.power_cap_w)
+        await stack.enter_async_context(prepared.settings)
+    indices = [entry["gpu"] for entry in prepared.manifest["gpus"]]
+    sampler = Sampler(power_spec, indices, plan.run_dir, host(), with_cpu=plan.options.with_cpu)
+    prepared.sampler = await stack.enter_async_context(sampler)
+    return uuids
+
+
+def _gpu_spec(plan: Plan, hardware: Hardware | None, stack: AsyncExitStack) -> str | None:
+    """Where the GPUs are found, as `open_gpus` takes it; None where they are not known."""
+    if hardware is not None:
+        board = plan.run_dir / _BOARD
+        SimBoard.create(board, hardware.profile, seed=plan.options.seed).close()
+        stack.callback(board.unlink, missing_ok=True)
+        return f"sim:{board}"
+    return "nvml" if plan.gpus else None
+
+
+def _describe(plan: Plan, prepared: Prepared, source: PowerSource) -> None:
+    """Enter all GPUs of this host into the manifest."""
+    devices = source.devices()
+    _check_exists(plan, {device.gpu for device in devices})
+    entries = []
+    for device in devices:
+        sensors, told_by = source.sensors(device.gpu), "the simulated board"
+        if plan.engine != "sim":
+            sensors, told_by = known_sensors(device, sensors)
+        entries.append(
+            {
+                "host": host(),
+                "gpu": device.gpu,
+                "uuid": device.uuid,
+                "name": device.name,
+                "sensors": {name: asdict(sensor) for name, sensor in sensors.items()},
+                "sensors_source": told_by,
+            }
+        )
+    prepared.manifest["gpus"] = entries
+
+
+def _check_exists(plan: Plan, known: set[int]) -> None:
+    """Raise `GpuError` for a GPU that is not there."""
+    missing = [gpu for gpu in plan.gpus if gpu not in known]
+    if missing:
+        asked = f"--tp {plan.tp}" + (f" --replicas {plan.options.replicas}" if plan.options.replicas > 1 else "")
+        raise GpuError(f"GPU {missing[0]} does not exist: this host has {len(known)} ({asked}, --gpus)")
+
+
+def _check_settings(plan: Plan, prepared: Prepared, gpus: Gpus, progress: Progress) -> None:
+    """Whether the GPUs are free and can be set as asked; which clock will be locked."""
+    options, instances = plan.options, prepared.manifest["instances"]
+    if plan.engine == "vllm":
+        needs = None if plan.weights_mib is None else plan.weights_mib / plan.tp
+        warnings = check_free(gpus, plan.gpus, options.allow_busy, needs)
+        prepared.manifest["gpus_shared_with"] = warnings
+        for warning in warnings:
+            progress.say(f"WARNING: {warning}")
+    if options.freq_mhz is not None:
+        prepared.locked_mhz = nearest_clock(gpus, plan.gpus, options.freq_mhz)
+        if prepared.locked_mhz != options.freq_mhz:
+            progress.say(
+                f"--freq {options.freq_mhz}: not a clock of this GPU; locking the nearest, {prepared.locked_mhz} MHz"
+            )
+    if options.power_cap_w is not None:
+        check_power_cap(gpus, plan.gpus, options.power_cap_w)
+    for entry in instances:
+        entry |= {"freq_mhz": prepared.locked_mhz, "power_cap_w": options.power_cap_w}
+
+
+def _make_engine(
+    plan: Plan, number: int, hardware: Hardware | None, port: int, uuids: Sequence[str], progress: Progress
+) -> Engine:
+    """The engine that instance `number` of the plan is, not yet started."""
+    options, run_dir = plan.options, plan.run_dir
+    log = run_dir / ("server.log" if number == 0 else f"server-{number}.log")
+    if hardware is not None:
+        return SimEngine(
+            hardware, plan.groups[number], plan.model or "", port, run_dir / _BOARD, run_dir, number, log,
+            options.ready_timeout_s, progress.status,
+        )  # fmt: skip
+    if plan.engine == "vllm":
+        steps = None if plan.no_steps else run_dir / _STEP_LOGS / str(number)
+        launch = VllmLaunch(
+            plan.model or "", plan.tp, tuple(uuids), port, options.vllm_python, options.vllm_args, log, steps
+        )
+        return VllmEngine(launch, options.ready_timeout_s, progress.status)
+    return AttachedEngine(options.engine, options.model, 10.0, options.api_key, options.steps)
+
+
+async def _follow_steps(plan: Plan, prepared: Prepared, stack: AsyncExitStack, progress: Progress) -> None:
+    """Start to write the steps that vLLM's recorders log; say why where there are none."""
+    since_ns = 0 if plan.engine == "vllm" else now_ns()
+    reasons = [plan.no_steps] if plan.engine == "vllm" and plan.no_steps else []
+    if plan.engine == "url" and plan.options.steps is None:
+        reasons.append("the server was not asked for them; see 'replay vllm-args'")
+    for number, engine in enumerate(prepared.engines):
+        if engine.step_log is not None:
+            follower = StepFollower(engine.step_log, plan.run_dir, number, since_ns)
+            prepared.followers.append(await stack.enter_async_context(follower))
+            if follower.error is not None:
+                if plan.options.steps is not None:
+                    raise ReplayError(f"--steps {follower.error}")
+                reasons.append(follower.error)
+    if reasons:
+        prepared.manifest["no_steps"] = reasons[0]
+        progress.say(f"no engine steps: {reasons[0]}; who was in the engine when is told from client times")
+
+
+async def settle(plan: Plan, prepared: Prepared, progress: Progress, salt: int) -> None:
+    """Warm the servers up and measure idle power."""
+    if plan.warmups:
+        progress.status(f"warming up with {plan.warmups} requests an instance")
+        await warm_up(plan, prepared.served, salt)
+        prepared.manifest["warmups"] = plan.warmups * len(prepared.served)
+    if prepared.sampler is None:
+        return
+    if not plan.options.idle_ns:
+        progress.say(
+            "idle power is not measured (--idle 0): energy can be attributed only if the run has idle stretches"
+        )
+    await measure_idle(plan, prepared, progress, "before")
+
+
+async def measure_idle(plan: Plan, prepared: Prepared, progress: Progress, when: str) -> None:
+    """Let the engines idle, and enter each GPU's power into the manifest; `when` is `before` or `after`."""
+    sampler, length_ns = prepared.sampler, plan.options.idle_ns
+    assert sampler is not None
+    # Let power fall to idle, and the sensors' windows leave what was before.
+    start_ns = now_ns() + (_SETTLE_NS if length_ns else 0)
+    end_ns = start_ns + length_ns
+    while (left_ns := end_ns - now_ns()) > 0:
+        progress.status(f"measuring idle power {when} the run ({math.ceil(left_ns / NS_PER_S)} s)")
+        await asyncio.sleep(min(_REDRAW_S, left_ns / NS_PER_S))
+    await sampler.written_until(end_ns)
+    power = scan_table(plan.run_dir, "power").collect()
+    key = {"before": "idle_power_w", "after": "idle_power_after_w"}[when]
+    for entry in prepared.manifest["gpus"]:
+        entry[key] = idle_power_w(power, entry["gpu"], start_ns, end_ns)
+    write_manifest(plan.run_dir, prepared.manifest)
+
+
+def clear_step_logs(run_dir: Path) -> None:
+    """Remove the recorders' logs: what they say is in the tables."""
+    import shutil
+
+    shutil.rmtree(run_dir / _STEP_LOGS, ignore_errors=True)
