@@ -2,8 +2,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+VLLM := .venv-vllm
 
-.PHONY: setup demo test check bench docs lock clean
+.PHONY: setup demo test test-vllm check bench docs lock clean
 
 setup: $(VENV)/.current
 
@@ -18,6 +19,16 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest
+
+# The whole job against real vLLM on the CPU, a tiny model and a fake GPU driver: 1.8 GB to install, then minutes.
+test-vllm: setup $(VLLM)/.current
+	WATTRACE_VLLM_PYTHON=$(CURDIR)/$(VLLM)/bin/python $(BIN)/python -m pytest tests/vllm
+
+$(VLLM)/.current: tests/vllm/requirements.txt
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r $<
+	$(VLLM)/bin/python tests/vllm/name_vllm.py
+	@touch $@
 
 check: setup
 	$(BIN)/ruff check .
@@ -42,4 +53,4 @@ lock:
 	rm -rf .venv-lock
 
 clean:
-	rm -rf $(VENV) demo runs .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(VLLM) demo runs .mypy_cache .ruff_cache .pytest_cache .hypothesis

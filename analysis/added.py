@@ -141,11 +141,12 @@ def _same_settings(a: Run, b: Run) -> None:
 
 
 def _usual_pace(account: Account) -> float:
-    """Durations of the run's steps, pauses included, over the model's."""
+    """Durations of the run's steps, pauses included, over the model's; warm-up not counted."""
     assert account.model is not None
     predicted = account.model.predict_s(account.steps.work)
     assert predicted is not None
-    return float((account.steps.end_s - account.steps.start_s).sum() / max(float(predicted.sum()), TINY))
+    span_s, inside = account.steps.end_s - account.steps.start_s, account.balance.step_j > 0
+    return float(span_s[inside].sum() / max(float(predicted[inside].sum()), TINY))
 
 
 def _measured(account: Account, start_s: Floats, end_s: Floats) -> Floats:
@@ -183,7 +184,8 @@ def _added(account: Account, wanted: Ints) -> Added:
     before_s, after_s = model.predict_s(steps.work), model.predict_s(rest)
     assert before_s is not None
     assert after_s is not None
-    freed_s = pace * np.where(others, before_s - after_s, before_s)
+    inside = account.balance.step_j > 0
+    freed_s = pace * inside * np.where(others, before_s - after_s, before_s)
     meter_j, played_rel = None, None
     why = _queued(account)
     if why is None:
@@ -191,7 +193,8 @@ def _added(account: Account, wanted: Ints) -> Added:
         all_j = _play_above_idle(account, tasks)
         without_j = _play_above_idle(account, _keep(tasks, ~np.isin(tasks.request, wanted)))
         meter_j = (all_j - without_j) * float(account.balance.step_j.sum() / max(account.parts.total.sum(), TINY))
-        played_rel = all_j / float((whole_j - idle_w * (steps.end_s - steps.start_s)).sum()) - 1
+        recorded_j = float((whole_j - idle_w * (steps.end_s - steps.start_s))[inside].sum())
+        played_rel = all_j / recorded_j - 1 if recorded_j > 0 else None
     return Added(
         requests=int(np.unique(mine.request).size),
         steps_j=float(((whole_j - rest_j) * level).sum()),
@@ -206,7 +209,8 @@ def _added(account: Account, wanted: Ints) -> Added:
 def _queued(account: Account) -> str | None:
     """Why what the engine would have done otherwise cannot be told; None where it can."""
     assert account.instance.steps is not None
-    queued = float(np.mean(account.instance.steps["waiting"].fill_null(0).to_numpy() > 0))
+    waiting = account.instance.steps.filter(pl.col("end_s") > 0)["waiting"].fill_null(0)
+    queued = float(np.mean(waiting.to_numpy() > 0))
     if queued <= QUEUED_REL:
         return None
     return f"requests were left waiting in {100 * queued:.0f} % of the engine's steps: it was saturated"

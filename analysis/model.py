@@ -23,7 +23,7 @@ import numpy as np
 from scipy.optimize import least_squares, nnls
 
 from analysis.load import Floats
-from analysis.steps import Ints, Steps
+from analysis.steps import Bools, Ints, Steps
 from analysis.timeline import Windows
 
 THIN_STEPS, THIN_WINDOWS = 300, 200
@@ -181,8 +181,11 @@ def fit_model(
 ) -> tuple[Model, Quality]:
     """Fit a model of one instance; `windows` are per GPU the sensor's, with idle power (W, one a window).
 
-    The power coefficients are of the whole group: one GPU's, times their number.
+    The power coefficients are of the whole group: one GPU's, times their number. Steps that ended before the window are
+    left out: they warm the engine up, and its first steps take longer than any later ones of the same work.
     """
+    inside = steps.end_s > 0
+    steps = steps if inside.all() or not inside.any() else steps_at(steps, inside)
     thin = not steps.timed or len(steps) < THIN_STEPS or sum(w.watts.size for w, _ in windows) < THIN_WINDOWS
     straight = _fit_linear_duration(steps) if steps.timed else None
     model: Model = LinearModel(straight, np.zeros(5))
@@ -206,6 +209,11 @@ def fit_model(
         steps=len(steps),
         windows=count,
     )
+
+
+def steps_at(steps: Steps, rows: Bools) -> Steps:
+    """The steps at `rows`."""
+    return Steps(**{name: v[rows] if isinstance(v, np.ndarray) else v for name, v in vars(steps).items()})
 
 
 def _with_one(work: Floats) -> Floats:

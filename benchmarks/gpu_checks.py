@@ -52,7 +52,8 @@ def check_added(alone: Run, both: Run, extra_ids: Sequence[int]) -> dict[str, An
     """Does an added stream raise the measured energy by what the model of `both` says that its requests add?
 
     `both` has the requests of `alone` and those of the stream. Both windows are stretched to the longer one at the
-    idle power measured after the run; `idle_drift_j` is what the runs' difference in idle power alone comes to.
+    idle power measured after the run; `idle_drift_j` is what the runs' difference in idle power alone comes to. There is
+    no ratio to a measured difference that is not above that.
     """
     summaries = [attribute_methods(run, ["equal-time"])["equal-time"].summary for run in (alone, both)]
     lengths_s = [s["window"]["duration_s"] for s in summaries]
@@ -66,17 +67,21 @@ def check_added(alone: Run, both: Run, extra_ids: Sequence[int]) -> dict[str, An
     ]
     added = added_energy(both, extra_ids)
     difference_j = measured[1] - measured[0]
+    drift_j = (mean_idle[1] - mean_idle[0]) * seconds
+    why = added.why
+    if why is None and difference_j <= abs(drift_j):
+        why = f"the meter's difference of {difference_j:.0f} J is lost in {drift_j:+.0f} J of idle power that drifted"
     return {
-        "why": added.why,
+        "why": why,
         "seconds": seconds,
         "requests_added": added.requests,
         "measured_alone_j": measured[0],
         "measured_both_j": measured[1],
         "measured_difference_j": difference_j,
         "predicted_j": added.meter_j,
-        "ratio": None if added.meter_j is None or difference_j <= 0 else added.meter_j / difference_j,
+        "ratio": added.meter_j / difference_j if added.meter_j is not None and why is None else None,
         "steps_as_they_were_j": added.steps_j - added.freed_j,
-        "idle_drift_j": (mean_idle[1] - mean_idle[0]) * seconds,
+        "idle_drift_j": drift_j,
         "played_rel": added.played_rel,
     }
 

@@ -22,7 +22,7 @@ def write_page(folder: Path, document: dict[str, Any]) -> list[str]:
 def findings(document: dict[str, Any]) -> list[str]:
     """What the checks found, a line each."""
     singles, added, recorder = document["singles"], document["added"], document["recorder"]
-    mark = "SIMULATED: " if document["simulated"] else ""
+    mark = "SIMULATED: " if document["simulated"] else "TRIAL: " if document["trial"] else ""
     lines = []
     if singles.get("ratio"):
         ratio, wide = singles["ratio"], singles["ratio_wide"]
@@ -39,7 +39,7 @@ def findings(document: dict[str, Any]) -> list[str]:
             f"ratio {added['ratio']:.3f}; the two runs' idle powers alone differ by {_kj(added['idle_drift_j'])}"
         )
     else:
-        lines.append(f"added stream: not compared ({added.get('why') or 'the meter shows no increase'})")
+        lines.append(f"added stream: not compared ({added['why']})")
     for name, counter in document["counter"].items():
         off = counter.get("samples_over_counter_rel")
         said = f"{100 * off:+.2f} %" if off is not None else f"not compared ({counter['why']})"
@@ -64,6 +64,11 @@ def page(document: dict[str, Any]) -> list[str]:
         lines += ["", f"{made}."]
     else:
         lines += [f"{made}; [what each check means](../README.md)."]
+    if document["trial"]:
+        lines += [
+            "",
+            "**A trial of the command: a tiny model and seconds of load. Its figures say nothing of the GPU.**",
+        ]
     what = (
         f"Mix `{settings['mix']}`: {settings['rate_rps']:g} requests/s for {settings['seconds']:g} s; "
         f"{settings['singles']} requests one at a time; the mix with {settings['extra_rps']:g} requests/s added. "
@@ -180,7 +185,11 @@ def _added(added: dict[str, Any]) -> list[str]:
 
 
 def _probe(probe: dict[str, Any]) -> list[str]:
-    return ["```text", *probe["lines"], "```"] if probe["lines"] else [f"Not probed: {probe['why']}."]
+    """What `replay probe` printed."""
+    if not probe["lines"]:
+        return [f"Not probed: {probe['why']}."]
+    partly = ["", f"Only in part: {probe['why']}."] if probe["why"] else []
+    return ["```text", *probe["lines"], "```", *partly]
 
 
 def _verdicts(runs: dict[str, Any]) -> list[str]:

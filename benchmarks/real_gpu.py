@@ -38,7 +38,7 @@ EXTRA_IDS = 1_000_000  # requests of the added stream count from here
 SEED = 1
 MAX_SINGLE_TOKENS = 300  # answers of single requests are cut here: twenty of them in a few minutes
 MAX_MODEL_LEN = 8192
-SIM_MODEL_LEN = 4096  # of the simulated Llama-2
+SHORT_MODEL_LEN = 4096  # of the simulated Llama-2, and in trials
 # Shape of Llama-3-8B (meta-llama/Meta-Llama-3-8B, config.json).
 LLAMA_3_8B = {
     "architectures": ["LlamaForCausalLM"],
@@ -79,7 +79,9 @@ class Plan:
     model: Path
     config: dict[str, Any]
     python: str | None
+    max_model_len: int
     vllm_args: tuple[str, ...]
+    trial: bool
     work: Path  # whole runs; kept between calls
     out: Path
 
@@ -115,6 +117,7 @@ def measure(plan: Plan) -> Path:
     document = {
         "gpu": name,
         "simulated": mix.simulated,
+        "trial": plan.trial,
         "probe": probed,
         "model": plan.config if plan.engine == "vllm" else mix.manifest["instances"][0]["model"],
         "versions": mix.manifest.get("versions") or {},
@@ -151,32 +154,37 @@ def gpu_name(gpu: int) -> str:
     return names[gpu]
 
 
-def command(plan: Plan, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run a command of `replay`; standard error is shown as it comes. Raises `ReplayError` where it fails."""
+def command(plan: Plan, *arguments: str) -> str:
+    """What a command of `replay` prints. Raises `ReplayError` with its last words where it fails."""
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
     argv = [sys.executable, "-m", "replay.cli", *arguments]
-    done = subprocess.run(argv, cwd=plan.work, env=env, stdout=subprocess.PIPE, text=True, check=False)
+    done = subprocess.run(argv, cwd=plan.work, env=env, capture_output=True, text=True, check=False)
     if done.returncode:
-        tail = done.stdout.strip().splitlines()[-1:] or ["see above"]
-        raise ReplayError(f"replay {' '.join(arguments[:2])} failed with {done.returncode}: {tail[0]}")
-    return done
+        words = (done.stderr.strip() or done.stdout.strip() or "it said nothing").splitlines()[-1]
+        raise ReplayError(f"replay {arguments[0]} ended with {done.returncode}: {words.removeprefix('error: ')}")
+    return done.stdout
 
 
 def probe(plan: Plan) -> dict[str, Any]:
-    """What `replay probe` says of the GPU, its lines as they are; null with the reason where it says nothing."""
+    """What `replay probe` says of the GPU, its lines as they are, or why it says nothing or not all."""
     if plan.engine == "sim":
         return {"lines": None, "why": "a simulated GPU's sensors are known, not probed"}
-    kept = plan.work / "probe.txt"
+    kept, why = plan.work / "probe.txt", None
     if not kept.is_file():
+        options = ["probe", "--gpus", str(plan.gpu), "--seconds", f"{plan.probe_s:g}"]
         try:
-            done = command(plan, "probe", "--gpus", str(plan.gpu), "--seconds", f"{plan.probe_s:g}")
+            text = command(plan, *options)
         except ReplayError as error:
-            say(f"  no probe: {error}")
-            return {"lines": None, "why": str(error)}
-        kept.write_text(done.stdout, encoding="utf-8")
+            why = str(error)
+            say(f"  {why}; again without load")
+            try:
+                text = command(plan, *options, "--no-load")
+            except ReplayError as again:
+                return {"lines": None, "why": str(again)}
+        kept.write_text(text, encoding="utf-8")
     lines = [line for line in kept.read_text(encoding="utf-8").splitlines() if line and not line.startswith("wrote")]
     say("\n".join(f"  {line}" for line in lines))
-    return {"lines": lines, "why": None}
+    return {"lines": lines, "why": why}
 
 
 def write_model(folder: Path, config: dict[str, Any]) -> None:
@@ -209,7 +217,7 @@ def traces(plan: Plan) -> tuple[pl.DataFrame, pl.DataFrame]:
 
 def _clip(plan: Plan, trace: pl.DataFrame) -> pl.DataFrame:
     """`trace` within the model's context."""
-    return fit_lengths(trace, SIM_MODEL_LEN if plan.engine == "sim" else MAX_MODEL_LEN, "clip")[0]
+    return fit_lengths(trace, plan.max_model_len, "clip")[0]
 
 
 def single_trace(plan: Plan, mix: Run) -> pl.DataFrame:
@@ -296,6 +304,7 @@ def _parse(arguments: list[str] | None) -> Plan:
         if value is not None and not 0 < value < math.inf:
             parser.error(f"--{name.replace('_', '-')} {value:g}: must be above 0")
     work = (asked.work or ROOT / "runs" / f"real-gpu-{asked.engine}{'-quick' if quick else ''}").resolve()
+    max_len = SHORT_MODEL_LEN if simulated or quick else MAX_MODEL_LEN
     # Trials and simulations are no measurements: they stay out of the documentation unless asked for.
     out = asked.out or (work / "page" if simulated or quick else ROOT / "docs" / "measurements")
     return Plan(
@@ -312,7 +321,9 @@ def _parse(arguments: list[str] | None) -> Plan:
         model=(asked.model_dir or work / "model").resolve(),
         config=LLAMA_3_8B | (TINY if quick else {}),
         python=asked.python,
-        vllm_args=(f"--max-model-len={MAX_MODEL_LEN}", *asked.vllm_arg),
+        max_model_len=max_len,
+        vllm_args=(f"--max-model-len={max_len}", *asked.vllm_arg),
+        trial=quick,
         work=work,
         out=out.resolve(),
     )

@@ -2,7 +2,8 @@
 
 The first line names the columns. One of them is the time (`time`, `timestamp` or `t`), and there is one of power in W
 for each channel: `watts` or `power_w` where there is one channel, else `gpu0_w`, `gpu1_w` and so on. Channel i is
-taken for GPU i. With one channel, `energy_j` may hold the meter's own energy counter. Other columns are not looked at.
+taken for GPU i. With one channel, `energy_j` may hold the meter's own energy counter; beside several it would be
+nobody's. Other columns are not looked at.
 
 A time is ISO 8601 with its zone, or a Unix time whose unit its size tells: from 1e8 on seconds, from 1e11 on
 milliseconds, from 1e14 on microseconds, from 1e17 on nanoseconds (seconds are so until the year 5138, and every other

@@ -33,12 +33,7 @@ _NO_PERMISSION = {
 }
 _LOST = "it fell off the bus; the kernel's log (dmesg) tells why, a reset or a reboot brings it back"
 # A driver without the function, a card without the sensor, and one that a container may not ask.
-_NOT_TOLD = (
-    pynvml.NVMLError_NotSupported,
-    pynvml.NVMLError_FunctionNotFound,
-    pynvml.NVMLError_NoPermission,
-    pynvml.NVMLLibraryMismatchError,  # what pynvml makes of a missing function whose name has versions
-)
+_NOT_TOLD = (pynvml.NVMLError_NotSupported, pynvml.NVMLError_FunctionNotFound, pynvml.NVMLError_NoPermission)
 
 
 class NvmlGpus:
@@ -153,7 +148,7 @@ class NvmlGpus:
         handle = self._handle(gpu)
         try:
             return function(handle, *arguments)
-        except (pynvml.NVMLError, pynvml.NVMLLibraryMismatchError) as error:
+        except pynvml.NVMLError as error:
             raise _failure(gpu, function.__name__, error) from None
 
     def _optional(self, function: Callable[..., Any], gpu: int, *arguments: Any) -> Any:

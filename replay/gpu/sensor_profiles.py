@@ -196,7 +196,7 @@ def _behaviour(sensor: Behaviour) -> str:
 
 
 def _ms(ns: int) -> str:
-    return f"{ns / 1e6:.4g} ms"
+    return f"{round(ns / 1e6, 2):g} ms"
 
 
 def _to_toml(document: Mapping[str, Any]) -> str:
@@ -206,7 +206,9 @@ def _to_toml(document: Mapping[str, Any]) -> str:
         # A JSON string is a TOML string, but for the one control character that JSON lets through.
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
-    flat = {key: value for key, value in document.items() if not isinstance(value, dict)}
-    tables = {key: value for key, value in document.items() if isinstance(value, dict)}
-    rows = [f"{text(key)} = {text(value)}\n" for key, value in flat.items() if value is not None]
-    return "".join(rows) + "".join(f"\n[{text(key)}]\n{_to_toml(value)}" for key, value in tables.items())
+    def name(key: str) -> str:
+        return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else text(key)
+
+    rows = [f"{name(key)} = {text(v)}\n" for key, v in document.items() if v is not None and not isinstance(v, dict)]
+    tables = [f"\n[{name(key)}]\n{_to_toml(v)}" for key, v in document.items() if isinstance(v, dict)]
+    return "".join(rows + tables)

@@ -180,23 +180,20 @@ class StepRecorder:
             self._cost_ns += _now_ns() - decided_ns
         return output
 
-    def update_from_output(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+    def update_from_output(self, scheduler_output: Any, model_runner_output: Any, *args: Any, **kwargs: Any) -> Any:
         """`Scheduler.update_from_output`, observed: the step is done when it is called."""
         end_ns = _now_ns()
-        before = self._before_rejection(scheduler_output)
-        result = self._update(scheduler_output, *args, **kwargs)
         if not self._failed:
-            updated_ns = _now_ns()
             try:
                 flight = self._flights.pop(id(scheduler_output), None)
-                if before:
-                    self._take_back(before)
+                if scheduler_output.scheduled_spec_decode_tokens:
+                    self._take_back(scheduler_output, model_runner_output)
                 if flight is not None:
                     self._ends(flight, end_ns)
             except Exception as error:  # noqa: BLE001 - as above
                 self._fail(error)
-            self._cost_ns += _now_ns() - updated_ns
-        return result
+            self._cost_ns += _now_ns() - end_ns
+        return self._update(scheduler_output, model_runner_output, *args, **kwargs)
 
     def _scheduled(self, output: Any, start_ns: int) -> None:
         """Note down what `output` schedules, before the requests move on."""
@@ -215,7 +212,7 @@ class StepRecorder:
         # Most steps go on like the one before; then a few sums are all that it takes. Drafts may be rejected, so after
         # a step that had any the contexts are looked at one by one.
         drafts = bool(output.scheduled_spec_decode_tokens)
-        goes_on = self._steady and not starts and context_sum == self._context_sum + self._total
+        goes_on = self._steady and not (starts or drafts) and context_sum == self._context_sum + self._total
         if not (goes_on and tokens == self._tokens):
             for request_id in starts:
                 flight.news.append(self._start(request_id))
@@ -237,26 +234,23 @@ class StepRecorder:
         until = self._until[request_id] = self._scheduler.requests[request_id].num_tokens
         return number, request_id, until
 
-    def _before_rejection(self, output: Any) -> dict[str, int]:
-        """Tokens computed, by request, before the step's rejected drafts are taken back."""
-        if self._failed or not output.scheduled_spec_decode_tokens:
-            return {}
-        requests = self._scheduler.requests
-        return {i: requests[i].num_computed_tokens for i in output.scheduled_spec_decode_tokens if i in requests}
+    def _take_back(self, output: Any, model_output: Any) -> None:
+        """Correct the steps in flight, which were scheduled as if no draft of `output` would be rejected.
 
-    def _take_back(self, before: dict[str, int]) -> None:
-        """Correct the steps in flight, which were scheduled as if no draft would be rejected."""
-        requests = self._scheduler.requests
-        rejected = {
-            self._numbers[i]: count - requests[i].num_computed_tokens
-            for i, count in before.items()
-            if i in requests and i in self._numbers and requests[i].num_computed_tokens < count
-        }
-        for flight in self._flights.values():
-            if rejected and flight.body is not None:
-                numbers, _, contexts = flight.body
-                for at, number in enumerate(numbers):
-                    contexts[at] -= rejected.get(number, 0)
+        A worker answers with the drafts that it accepts and one token more; with nothing while a prompt is unfinished.
+        """
+        rejected = {}
+        for request_id, drafts in output.scheduled_spec_decode_tokens.items():
+            answer = model_output.sampled_token_ids[model_output.req_id_to_index[request_id]]
+            if len(answer) and len(drafts) >= len(answer):
+                rejected[request_id] = len(drafts) + 1 - len(answer)
+        for flight in self._flights.values() if rejected else ():
+            for _, request_id, _ in flight.news:
+                rejected.pop(request_id, None)  # it starts again: its contexts are its own from here on
+            assert flight.body is not None  # a step after drafts is written in full
+            contexts = flight.body[2]
+            for at, request_id in enumerate(flight.output.num_scheduled_tokens):
+                contexts[at] -= rejected.get(request_id, 0)
 
     def _ends(self, flight: _Flight, end_ns: int) -> None:
         """Write the step that has just ended."""

@@ -215,6 +215,29 @@ def test_null_means_no_record_whatever_the_method(run_of, rewrite):
         assert energy.requests.filter(pl.col("energy_j").is_null())["request_id"].to_list() == [105], method
 
 
+def test_slow_first_steps_of_a_warm_up_teach_the_model_nothing(run_of, rewrite):
+    run = run_of()
+    plain = attribute_methods(run, ["shapley", "marginal"])
+    steps, segments = run.scan("steps").collect(), run.scan("segments").collect()
+    warm = steps.head(10).with_columns(
+        start_ns=run.manifest["measure_start_ns"] - (10 - pl.col("step").cast(pl.Int64)) * 10**9,
+        waiting=pl.lit(3, pl.UInt32),
+    )
+    warm = warm.with_columns(end_ns=pl.col("start_ns") + 9 * 10**8)
+    foreign = segments.filter(pl.col("last_step") < 10).with_columns(request_id=pl.lit(None, pl.UInt64))
+    run = rewrite(
+        run,
+        steps=pl.concat([warm, steps.with_columns(pl.col("step") + 10)]),
+        segments=pl.concat([foreign, segments.with_columns(pl.col("first_step", "last_step") + 10)]),
+    )
+    for method, energy in attribute_methods(run, ["shapley", "marginal"]).items():
+        np.testing.assert_allclose(energy.requests["energy_j"], plain[method].requests["energy_j"], rtol=1e-9)
+    ids = energy.requests["request_id"].to_list()[:20]
+    added = added_energy(run, ids)
+    assert added.why is None
+    assert added.played_rel == pytest.approx(0, abs=0.02)
+
+
 def test_an_unknown_method_is_told_of_all(run_of):
     with pytest.raises(AnalysisError, match="use one of shapley, equal-time, tokens, marginal"):
         attribute(run_of(), "average")

@@ -101,6 +101,12 @@ def test_drift_of_idle_power_is_told(modules, runs, tmp_path):
     write_manifest(run.path, {**run.manifest, "gpus": gpus})
     found = modules["checks"].check_added(runs["mix"], Run.open(run.path), extra_ids(run))
     assert found["idle_drift_j"] == pytest.approx(2 * 2 * found["seconds"], rel=1e-6)
+    assert found["ratio"] is not None
+    gpus = [{**g, "idle_power_after_w": {"counter": g["idle_power_w"]["counter"] + 200}} for g in run.manifest["gpus"]]
+    write_manifest(run.path, {**run.manifest, "gpus": gpus})
+    lost = modules["checks"].check_added(runs["mix"], Run.open(run.path), extra_ids(run))
+    assert lost["ratio"] is None
+    assert "of idle power that drifted" in lost["why"]
 
 
 def test_what_the_recorder_costs_is_told_or_why_not(modules, runs, tmp_path):
@@ -199,7 +205,7 @@ def test_without_a_gpu_it_ends_with_one_clear_line(modules, monkeypatch, capsys,
 
 def test_the_page_of_what_failed_gives_reasons_instead_of_figures(modules):
     document = {
-        "gpu": "GPU", "simulated": False, "probe": {"lines": None, "why": "no load"}, "model": "m", "versions": {},
+        "gpu": "GPU", "simulated": False, "trial": False, "probe": {"lines": None, "why": "no load"}, "model": "m", "versions": {},
         "settings": {"seconds": 1, "rate_rps": 1, "extra_rps": 1, "singles": 1, "mix": "chat", "tp": 1},
         "runs": {"mix": {"why": "no power"}}, "singles": {"why": "no steps"}, "added": {"why": "saturated"},
         "counter": {"mix": {"why": "no counter"}}, "recorder": {"why": "no recorder"},
@@ -241,7 +247,8 @@ def machine(tmp_path):
     about.mkdir()
     (about / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0.26.0\n", encoding="utf-8")
     path = os.pathsep.join(filter(None, [str(library), os.environ.get("LD_LIBRARY_PATH")]))
-    return {**os.environ, "LD_LIBRARY_PATH": path, "PYTHONPATH": str(tmp_path / "site"), "FAKE_NVML_MODE": ""}
+    own = {"PYTHONPATH": str(tmp_path / "site"), "XDG_CONFIG_HOME": str(tmp_path / "config"), "FAKE_NVML_MODE": ""}
+    return {**os.environ, "LD_LIBRARY_PATH": path, **own}
 
 
 def test_with_driver_and_vllm_it_goes_through_and_says_what_could_not_be_checked(machine, tmp_path):
@@ -252,11 +259,15 @@ def test_with_driver_and_vllm_it_goes_through_and_says_what_could_not_be_checked
     (folder,) = (tmp_path / "out").iterdir()
     text = (folder / "README.md").read_text(encoding="utf-8")
     assert "SIMULATED" not in text
+    assert "**A trial of the command" in text
+    assert "\n- TRIAL: requests run alone: not compared" in text
     assert "random weights" in text
     assert "[what each check means](../README.md)" in text
     document = json.loads((folder / "checks.json").read_text(encoding="utf-8"))
     assert "has no step records" in document["singles"]["why"]
     assert "has no step records" in document["added"]["why"]
+    assert "libcuda" in document["probe"]["why"]
+    assert any("instant" in line for line in document["probe"]["lines"])
     assert document["counter"]["mix"]["samples_over_counter_rel"] is not None
     assert document["runs"]["mix"]["measured_j"] > 0
     manifest = Run.open(folder / "mix").manifest

@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import polars as pl
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from replay.gpu.base import open_power
@@ -78,6 +78,7 @@ def test_a_torn_line_waits_for_its_end(log):
     meter.close()
 
 
+@settings(deadline=None)  # files are written
 @given(st.lists(st.tuples(st.integers(1, 50), st.integers(0, 1000), st.booleans()), min_size=1, max_size=40))
 def test_the_energy_of_all_rows_is_in_the_readings_however_rarely_they_are_taken(tmp_path_factory, rows):
     """`rows`: time since the row before, W, and whether a reading is taken after it; a value holds back."""
@@ -123,6 +124,14 @@ def test_the_meters_own_energy_counter_is_read_with_one_channel(tmp_path):
     meter = log.open()
     assert meter.read(0).energy_mj == 1_234_500
     assert meter.read(0).power_average_mw is None
+    meter.close()
+
+
+def test_an_energy_counter_beside_several_channels_is_nobodys(tmp_path):
+    log = Log(tmp_path / "meter.csv", "t,gpu0_w,gpu1_w,energy_j")
+    log.row(0, 10, 20, 1234.5)
+    meter = log.open()
+    assert [meter.read(gpu).energy_mj for gpu in (0, 1)] == [None, None]
     meter.close()
 
 

@@ -297,6 +297,35 @@ def test_clocks_that_cannot_be_had_end_the_run_before_it_starts(attached, tmp_pa
     assert set(last.values()) <= {"0"}, "what was locked is given back"
 
 
+def test_a_run_under_a_power_cap_restores_the_limit_that_was_there(attached, tmp_path):
+    (tmp_path / "clocks.log").write_text("1 W 600\n")
+    done = attached("--power-cap", "400")
+    assert done.returncode == 0, done.stderr
+    set_first, restored = ["1 W 600", "0 W 400", "1 W 400"], ["0 W 700", "1 W 600"]
+    lines = (tmp_path / "clocks.log").read_text().splitlines()
+    assert (lines[:3], sorted(lines[3:])) == (set_first, restored)
+    instance = Run.open(tmp_path / "run").manifest["instances"][0]
+    assert (instance["power_cap_w"], instance["freq_mhz"]) == (400, None)
+
+
+@pytest.mark.parametrize(
+    ("mode", "watts", "message"),
+    [
+        ("", "100", "--power-cap 100: GPU 0 takes 200 to 700 W; choose a cap in this range"),
+        ("bare", "400", "--power-cap 400: GPU 0 takes no power cap; run without --power-cap"),
+        ("nocap", "400", "changing power limits needs root or CAP_SYS_ADMIN"),
+    ],
+)
+def test_a_cap_that_cannot_be_had_ends_the_run_before_it_starts(attached, tmp_path, mode, watts, message):
+    done = attached(*([] if mode == "bare" else ["--freq", "1200"]), "--power-cap", watts, mode=mode)
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert (done.returncode, len(errors)) == (2, 1)
+    assert message in errors[0]
+    assert not (tmp_path / "run").exists()
+    log = tmp_path / "clocks.log"
+    assert not log.exists() or log.read_text() == "0 1200\n0 0\n", "the clock that was locked already is given back"
+
+
 def test_a_clock_that_is_throttled_is_named(attached, tmp_path):
     done = attached("--freq", "1200", mode="throttled")
     assert done.returncode == 0, done.stderr

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from replay.gpu.base import GpuInfo, GpuProcess, Reading, Sensor
+from replay.gpu.base import GpuInfo, GpuProcess, Reading
 from replay.gpu.probe import Polls, evaluate, probe, probe_gpus
 from replay.gpu.sensor_fit import find_changes, find_period, fit_window
 from replay.gpu.sensor_profiles import lines
@@ -97,28 +97,50 @@ def any_truth(seed):
     )
 
 
-@pytest.mark.parametrize("seed", range(16))
-def test_any_sensor_is_found(seed):
+@pytest.mark.parametrize("seed", range(20))
+def test_any_sensor_is_found_or_refused(seed):
     # Bounds: the period to 0.1 %, window and lag to 3 ms and 2 % of the window, whatever the sensor.
     truth = any_truth(seed)
     changes, switches_ns = watch(truth, seed, poll_s=(0.001, 0.003)[seed % 2])
     assert find_period(changes).period_ns == pytest.approx(truth.period * S, rel=1e-3)
     fit = fit_window(changes, switches_ns)
+    if isinstance(fit, str):
+        assert switches_ns.size * truth.window / truth.period < 10  # so few windows can be expected to hold a switch
+        assert "watch for longer (--seconds)" in fit
+        return
     assert fit.window_s == pytest.approx(truth.window, abs=0.003, rel=0.02)
     assert fit.lag_s == pytest.approx(truth.lag, abs=0.003 + 0.02 * truth.window)
     assert (fit.low, fit.high) == pytest.approx((truth.low * 1e3, truth.high * 1e3), rel=0.05)
     assert fit.r2 > 0.95
 
 
-def test_standard_errors_are_of_the_size_of_the_errors():
-    truth = Truth(window=0.05, lag=0.03, phase=0.037, noise=0.02)
-    fits = [fit_window(*watch(truth, seed)) for seed in range(12)]
+@pytest.mark.parametrize("noise", [0.0, 0.02])  # without noise all error is that of polling
+def test_standard_errors_are_of_the_size_of_the_errors(noise):
+    truth = Truth(window=0.05, lag=0.03, phase=0.037, noise=noise)
+    fits = [fit_window(*watch(truth, seed, poll_s=0.003)) for seed in range(10)]
     for errors, told in (
         ([fit.window_s - truth.window for fit in fits], [fit.window_se_s for fit in fits]),
         ([fit.lag_s - truth.lag for fit in fits], [fit.lag_se_s for fit in fits]),
     ):
         ratio = np.sqrt(np.mean(np.square(errors))) / np.mean(told)
-        assert 0.4 < ratio < 2.5
+        assert 0.3 < ratio < 2.5
+
+
+def test_changes_seen_late_are_left_out():
+    # Polls that were held up for 30 ms, as on a busy host, tell little of when an update came.
+    truth = Truth(window=0.03, phase=0.01)
+    rng = np.random.default_rng(3)
+    switches_ns = square_wave(rng, 20.0)
+    gaps_s = np.where(rng.random(20_000) < 0.02, 0.03, 0.001)
+    polls_s = np.cumsum(gaps_s)[: np.searchsorted(np.cumsum(gaps_s), 23.0)]
+    value = shown(truth, polls_s, *energy(truth, switches_ns, 24.0), rng)
+    polls_ns = np.round(polls_s * S).astype(np.int64)
+    changes = find_changes(polls_ns, polls_ns, value)
+    assert (changes.high_ns - changes.low_ns).max() < 10 * MS
+    assert len(changes) > 0.4 * (np.diff(value) != 0).sum()
+    fit = fit_window(changes, switches_ns)
+    assert fit.window_s == pytest.approx(truth.window, abs=0.001)
+    assert fit.lag_s == pytest.approx(0.0, abs=0.001)
 
 
 def test_a_card_that_follows_its_load_slowly_is_no_longer_window():
@@ -158,7 +180,7 @@ def test_what_cannot_be_told_says_why():
     assert "20 are needed" in fit_window(few, switches_ns)
     polls_ns = np.arange(200) * MS
     every_poll = find_changes(polls_ns, polls_ns + 10_000, np.arange(200.0))
-    assert "at nearly every poll, 1 ms apart" in find_period(every_poll).replace("0.5 ms", "1 ms")
+    assert find_period(every_poll) == "it changes at nearly every poll, 1 ms apart"
     rng = np.random.default_rng(0)
     random_ns = np.cumsum(rng.exponential(50 * MS, 300)).astype(np.int64)
     irregular = replace(changes, low_ns=random_ns, high_ns=random_ns + MS, value=np.arange(300.0))
@@ -210,6 +232,12 @@ def test_a_whole_probe():
     assert profile.counter_over_average == pytest.approx(1.0, abs=0.02)
     assert profile.counter_over_instant == pytest.approx(1.0, abs=3 * profile.counter_over_instant_se)
     assert profile.reasons == {}
+    # A card that follows slowly: the average alone would take that for a lag.
+    slow = replace(truth, rise=0.04)
+    polls, idle_ns, switches_ns = polls_of(slow, average=replace(slow, window=1.0, noise=0.02))
+    slow_profile = evaluate(polls, INFO, idle_ns, switches_ns)
+    assert slow_profile.instant.rise_ns == slow_profile.average.rise_ns == pytest.approx(40 * MS, rel=0.2)
+    assert slow_profile.average.lag_ns == pytest.approx(10 * MS, abs=15 * MS)
     text = "\n".join(lines(profile))
     assert "sees 2" in text
     assert "in multiples of 7 mJ" in text
@@ -223,9 +251,8 @@ def test_a_counter_of_another_gain_shows():
 
 def test_without_load_everything_else_is_measured():
     truth = Truth(noise=0.01)
-    profile = evaluate(
-        *_before_switches(polls_of(truth, average=replace(truth, window=1.0, noise=0.001), with_load=False))
-    )
+    polls, idle_ns, none_ns = polls_of(truth, average=replace(truth, window=1.0, noise=0.001), with_load=False)
+    profile = evaluate(polls, INFO, idle_ns, none_ns)
     for sensor in (profile.instant, profile.average):
         assert sensor.period_ns == pytest.approx(100 * MS, rel=2e-3)
         assert (sensor.window_ns, sensor.lag_ns, sensor.r2) == (None, None, None)
@@ -244,18 +271,12 @@ def test_sensors_that_are_missing_stay_none():
     assert profile.counter_over_instant is profile.counter_over_average is None
     assert profile.idle_power_w == {}
     assert {"instant", "average", "counter", "idle by instant", "idle by counter"} == profile.reasons.keys()
-    frozen = evaluate(
-        replace(polls, energy_mj=nothing * 0 if False else np.full(nothing.size, 5.0)), INFO, idle_ns, switches_ns
-    )
+    still = replace(polls, energy_mj=np.full(polls.begin_ns.size, 5.0))
+    frozen = evaluate(still, INFO, idle_ns, switches_ns)
     assert frozen.reasons["counter"] == "it does not move"
     wrapped = evaluate(replace(polls, energy_mj=polls.energy_mj % 100_000), INFO, idle_ns, switches_ns)
     assert wrapped.counter_over_instant is None
     assert wrapped.reasons["counter over instant"] == "the counter decreased"
-
-
-def _before_switches(parts):
-    polls, idle_ns, switches_ns = parts
-    return polls, INFO, idle_ns, switches_ns
 
 
 PROFILE = load_profile("dgx-h100-llama-2-70b")
@@ -457,4 +478,3 @@ def test_probing_all_gpus_writes_a_profile_each(board, tmp_path, monkeypatch):
     assert [profile.uuid for profile, _ in found] == [f"SIM-GPU-{i}" for i in range(8)]
     assert len({path for _, path in found}) == 8
     assert all(path.is_file() for _, path in found)
-    assert Sensor  # the type that runs get is what `known_sensors` gives

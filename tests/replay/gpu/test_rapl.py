@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from replay.gpu.rapl import CpuEnergy
@@ -52,6 +52,7 @@ def test_a_reading_is_dated_between_the_calls_around_it(tmp_path):
     assert times == sorted(times)
 
 
+@settings(deadline=None)  # files are written
 @given(st.integers(0, 99), st.lists(st.integers(0, 99), max_size=50))
 def test_a_counter_that_wraps_around_goes_on_growing(tmp_path_factory, start_uj, steps_uj):
     """No step is as long as the range, so that each wrap-around shows."""

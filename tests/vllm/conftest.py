@@ -1,6 +1,15 @@
-"""A Llama so small that a CPU serves thousands of tokens a second: its shape and its words, no weights."""
+"""What the tests against real vLLM share; without WATTRACE_VLLM_PYTHON they skip themselves."""
 
 import json
+import os
+from pathlib import Path
+
+import pytest
+
+# No weights are loaded and nothing is fetched; the CPU build computes in eager mode at once.
+SERVE = [
+    "--served-model-name=tiny", "--load-format=dummy", "--dtype=bfloat16", "--max-model-len=4096", "--enforce-eager",
+]  # fmt: skip
 
 VOCABULARY = 2048  # token ids of prompts go up to 1999
 
@@ -25,9 +34,31 @@ CONFIG = {
 }
 
 
-def make_tiny_model(folder):
-    """Write what `vllm serve FOLDER --load-format dummy` needs into `folder`, and return it."""
-    folder.mkdir(parents=True, exist_ok=True)
+def pytest_collection_modifyitems(items):
+    here = Path(__file__).parent
+    for item in items:
+        if item.path.is_relative_to(here):
+            item.add_marker("vllm")
+            if not os.environ.get("WATTRACE_VLLM_PYTHON"):
+                item.add_marker(pytest.mark.skip(reason="needs real vLLM: run 'make test-vllm'"))
+
+
+@pytest.fixture(scope="session")
+def vllm_python():
+    """The Python of an environment that has vLLM."""
+    return os.environ["WATTRACE_VLLM_PYTHON"]
+
+
+@pytest.fixture(scope="session")
+def offline():
+    """An environment in which vLLM asks nobody for anything."""
+    return {**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory):
+    """The folder of a Llama that a CPU serves at thousands of tokens a second: its shape and words, no weights."""
+    folder = tmp_path_factory.mktemp("model")
     words = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i for i in range(3, VOCABULARY)}
     tokenizer = {
         "version": "1.0",
