@@ -213,7 +213,8 @@ def fit_model(
 
 def steps_at(steps: Steps, rows: Bools) -> Steps:
     """The steps at `rows`."""
-    return Steps(**{name: v[rows] if isinstance(v, np.ndarray) else v for name, v in vars(steps).items()})
+    arrays = {name: value[rows] for name, value in vars(steps).items() if name != "timed"}
+    return Steps(**arrays, timed=steps.timed)
 
 
 def _with_one(work: Floats) -> Floats:

@@ -52,8 +52,8 @@ def check_added(alone: Run, both: Run, extra_ids: Sequence[int]) -> dict[str, An
     """Does an added stream raise the measured energy by what the model of `both` says that its requests add?
 
     `both` has the requests of `alone` and those of the stream. Both windows are stretched to the longer one at the
-    idle power measured after the run; `idle_drift_j` is what the runs' difference in idle power alone comes to. There is
-    no ratio to a measured difference that is not above that.
+    idle power measured after the run; `idle_drift_j` is what the runs' difference in idle power alone comes to, and
+    there is no ratio to a measured difference that is not above that.
     """
     summaries = [attribute_methods(run, ["equal-time"])["equal-time"].summary for run in (alone, both)]
     lengths_s = [s["window"]["duration_s"] for s in summaries]

@@ -18,6 +18,7 @@ _SORT = {
     "steps": ["instance", "step"],
     "segments": ["instance", "first_step", "request_id"],
     "power": ["t_ns", "gpu"],
+    "cpu_energy": ["t_ns", "domain"],
     "server_metrics": ["t_ns"],
 }
 _ALIKE = ["instance", "request_id", "kind", "tokens_per_step"]

@@ -135,8 +135,9 @@ def evaluate(polls: Polls, info: GpuInfo, idle_ns: tuple[int, int], switches_ns:
     average = _behaviour(polls, polls.average_mw, switches_ns, "average", instant.rise_ns, reasons)
     counter = _counter(polls, reasons)
     idle_w = idle_power_w(_table(polls), 0, *idle_ns)
-    for source in {"instant", "counter"} - idle_w.keys():
-        reasons[f"idle by {source}"] = "fewer than 5 updates at rest"
+    for source in ("instant", "counter"):  # the average stands in where both are missing
+        if source not in idle_w:
+            reasons[f"idle by {source}"] = "too few updates at rest"
     ratio, error = _counter_over(polls, polls.instant_mw, "instant", reasons)
     return SensorProfile(
         uuid=info.uuid,
@@ -248,6 +249,7 @@ def _table(polls: Polls) -> pl.DataFrame:
             "sensor_ns": pl.Series([None] * polls.begin_ns.size, dtype=pl.Int64),
             "gpu": np.zeros(polls.begin_ns.size, np.uint16),
             "power_instant_mw": pl.Series(polls.instant_mw, nan_to_null=True),
+            "power_average_mw": pl.Series(polls.average_mw, nan_to_null=True),
             "energy_mj": pl.Series(polls.energy_mj, nan_to_null=True).cast(pl.Int64),
         }
     )

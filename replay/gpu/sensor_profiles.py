@@ -65,7 +65,9 @@ class SensorProfile:
     instant: Behaviour = Behaviour()
     average: Behaviour = Behaviour()
     counter: CounterBehaviour = CounterBehaviour()
-    idle_power_w: dict[str, float] = field(default_factory=dict)  # by `instant` and `counter`, before any load
+    idle_power_w: dict[str, float] = field(
+        default_factory=dict
+    )  # by `instant`, `average` and `counter`, before any load
     counter_over_instant: float | None = None  # energy over the whole probe, ratio to the integral of samples
     counter_over_instant_se: float | None = None  # from sampling: instant power may see a part of the time only
     counter_over_average: float | None = None

@@ -15,6 +15,7 @@ from analysis.model import ActivityModel, LinearModel, pace_of
 from analysis.split import METHODS, share, share_marginal
 from analysis.steps import DECODE, PREFILL, Segments, Steps, sum_segments
 from replay.rundir import Run
+from replay.sim.hardware import Hardware, Work, load_profile
 from tracegen.errors import AnalysisError
 from tracegen.synthesize import synthesize
 
@@ -216,12 +217,12 @@ def test_null_means_no_record_whatever_the_method(run_of, rewrite):
 
 
 def test_slow_first_steps_of_a_warm_up_teach_the_model_nothing(run_of, rewrite):
-    run = run_of()
+    run = run_of(rate=1.0)
     plain = attribute_methods(run, ["shapley", "marginal"])
     steps, segments = run.scan("steps").collect(), run.scan("segments").collect()
     warm = steps.head(10).with_columns(
         start_ns=run.manifest["measure_start_ns"] - (10 - pl.col("step").cast(pl.Int64)) * 10**9,
-        waiting=pl.lit(3, pl.UInt32),
+        waiting=pl.when(pl.col("step") < 9).then(3).otherwise(0).cast(pl.UInt32),
     )
     warm = warm.with_columns(end_ns=pl.col("start_ns") + 9 * 10**8)
     foreign = segments.filter(pl.col("last_step") < 10).with_columns(request_id=pl.lit(None, pl.UInt64))
@@ -263,6 +264,48 @@ def virtual(tmp_path_factory):
 def chat(rate: float, seed: int, first_id: int = 0) -> pl.DataFrame:
     frame, _ = synthesize("chat", rate, 90 * 10**9, seed)
     return frame.with_columns(pl.col("request_id") + first_id)
+
+
+def true_marginal_j(run: Run, tp: int, clock_mhz: int) -> pl.DataFrame:
+    """What each request truly added to its steps, by the simulator's own step energy."""
+    hardware = Hardware(load_profile("dgx-h100-llama-2-70b"), tp)
+    steps = run.scan("steps").collect()
+    rows = (
+        run.scan("segments")
+        .with_columns(step=pl.int_ranges("first_step", pl.col("last_step") + 1, dtype=pl.UInt64))
+        .explode("step")
+        .with_columns(had=pl.col("context_start") + pl.col("tokens_per_step") * (pl.col("step") - pl.col("first_step")))
+        .join(steps.lazy(), on="step")
+        .collect()
+    )
+    prefill, tokens, had = (
+        (rows["kind"] == "prefill").to_numpy(),
+        rows["tokens_per_step"].to_numpy(),
+        rows["had"].to_numpy(),
+    )
+    own = [tokens * prefill, tokens * ~prefill, had * ~prefill, tokens * prefill * (had + tokens / 2)]
+    names = ("prefill_tokens", "decode_tokens", "context_tokens", "prefill_attention")
+    whole = [rows[name].to_numpy().astype(float) for name in names]
+    rest = [np.maximum(w - o, 0.0) for w, o in zip(whole, own, strict=True)]
+    alone = (rows["requests"] == 1).to_numpy()
+    rest_j = np.where(alone, 0.0, hardware.step_j(Work(*rest), float(clock_mhz)))
+    added = rows.with_columns(true_j=pl.Series(hardware.step_j(Work(*whole), float(clock_mhz)) - rest_j))
+    return added.group_by("request_id").agg(pl.col("true_j").sum())
+
+
+@pytest.mark.parametrize(("rate", "seed"), [(0.1, 1), (0.5, 1), (0.8, 2)])
+def test_it_is_near_what_the_simulator_says_that_requests_truly_add(virtual, rate, seed):
+    run = virtual(f"true-{rate}-{seed}", chat(rate, seed))
+    both = attribute_methods(run, ["shapley", "marginal"])
+    shares = both["shapley"].requests.select("request_id", share_j="energy_j")
+    table = both["marginal"].requests.join(true_marginal_j(run, 2, 1980), on="request_id").join(shares, on="request_id")
+    assert table.height == run.scan("requests").collect().height
+    # A small difference of two steps' energies: its error is judged by what the request took part in.
+    off = ((table["energy_j"] - table["true_j"]) / table["share_j"]).abs()
+    assert off.median() < 0.02
+    assert off.max() < 0.06
+    assert table["energy_j"].sum() == pytest.approx(table["true_j"].sum(), rel=0.06)
+    assert (table["share_j"] / table["true_j"] - 1).abs().median() > 4 * off.median()
 
 
 def metered_j(run: Run, seconds: float) -> float:

@@ -22,6 +22,7 @@ TABLES = {
     "steps": rundir.STEPS,
     "segments": rundir.SEGMENTS,
     "power": rundir.POWER,
+    "cpu_energy": rundir.CPU_ENERGY,
     "server_metrics": rundir.SERVER_METRICS,
     "truth": rundir.TRUTH,
 }

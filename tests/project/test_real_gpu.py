@@ -205,7 +205,8 @@ def test_without_a_gpu_it_ends_with_one_clear_line(modules, monkeypatch, capsys,
 
 def test_the_page_of_what_failed_gives_reasons_instead_of_figures(modules):
     document = {
-        "gpu": "GPU", "simulated": False, "trial": False, "probe": {"lines": None, "why": "no load"}, "model": "m", "versions": {},
+        "gpu": "GPU", "simulated": False, "trial": False, "model": "m", "versions": {},
+        "probe": {"lines": None, "why": "no load"},
         "settings": {"seconds": 1, "rate_rps": 1, "extra_rps": 1, "singles": 1, "mix": "chat", "tp": 1},
         "runs": {"mix": {"why": "no power"}}, "singles": {"why": "no steps"}, "added": {"why": "saturated"},
         "counter": {"mix": {"why": "no counter"}}, "recorder": {"why": "no recorder"},

@@ -20,7 +20,6 @@ from replay.session import run
 from tracegen.schema import TRACE, write_trace
 
 MS = 1_000_000
-COMPILER = shutil.which("cc")
 
 
 @pytest.fixture(scope="session")
@@ -84,40 +83,6 @@ def command(tmp_path):
 
 
 @pytest.fixture(scope="session")
-def processes():
-    """The ids of living processes whose command line names `marker`."""
-
-    def find(marker):
-        found = []
-        for entry in Path("/proc").iterdir():
-            if entry.name.isdigit() and int(entry.name) != os.getpid():
-                try:
-                    words = (entry / "cmdline").read_bytes()
-                    state = (entry / "stat").read_text().rpartition(")")[2].split()[0]
-                except OSError:
-                    continue
-                if str(marker).encode() in words and state != "Z":
-                    found.append(int(entry.name))
-        return found
-
-    return find
-
-
-@pytest.fixture(scope="session")
-def until():
-    """Poll `condition` until it holds and return what it gave; a test that waits in vain fails."""
-
-    def until(condition, timeout_s=30.0):
-        end_s = time.monotonic() + timeout_s
-        while not (value := condition()):
-            assert time.monotonic() < end_s, "never"
-            time.sleep(0.02)
-        return value
-
-    return until
-
-
-@pytest.fixture(scope="session")
 def sim_server(tmp_path_factory):
     """The URL of a simulated engine that is somebody else's."""
     folder = tmp_path_factory.mktemp("server")
@@ -149,36 +114,6 @@ def plain_server():
     finally:
         process.kill()
         process.wait()
-
-
-@pytest.fixture(scope="session")
-def nvml_library(tmp_path_factory):
-    """The folder of a libnvidia-ml.so.1 whose GPUs do as they are told (gpu/fake_nvml.c)."""
-    if COMPILER is None or not sys.platform.startswith("linux"):
-        pytest.skip("needs Linux and a C compiler")
-    folder = tmp_path_factory.mktemp("nvml")
-    source = Path(__file__).parent / "gpu" / "fake_nvml.c"
-    flags = ["-shared", "-fPIC", "-O1", "-o", str(folder / "libnvidia-ml.so.1")]
-    subprocess.run([COMPILER, *flags, str(source)], check=True)
-    return folder
-
-
-@pytest.fixture
-def driver(nvml_library, tmp_path):
-    """The environment in which that library is found, by its mode and other settings (`gpus=8`: FAKE_NVML_GPUS).
-
-    The loader reads it when a process starts.
-    """
-
-    def driver(mode="", **settings):
-        path = os.pathsep.join(filter(None, [str(nvml_library), os.environ.get("LD_LIBRARY_PATH")]))
-        log = tmp_path / "clocks.log"
-        return {
-            **os.environ, "LD_LIBRARY_PATH": path, "FAKE_NVML_MODE": mode, "FAKE_NVML_LOG": str(log),
-            **{f"FAKE_NVML_{name.upper()}": str(value) for name, value in settings.items()},
-        }  # fmt: skip
-
-    return driver
 
 
 @pytest.fixture

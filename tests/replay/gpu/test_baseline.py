@@ -73,3 +73,20 @@ def test_noise_averages_out():
     noise = rng.normal(0, 0.02, 1000)
     power = readings(lambda s: 100.0 * (1 + noise[round(s * 10)]), seconds=50)
     assert idle_power_w(power, 0, 0, 50 * S)["instant"] == pytest.approx(100.0, rel=0.005)
+
+
+def test_a_counter_that_falls_back_within_the_interval_is_none():
+    power = readings(lambda s: 100.0)
+    wrapped = pl.col("energy_mj").cast(pl.Int64) % 200_000
+    idle = idle_power_w(power.with_columns(wrapped.cast(pl.UInt64)), 0, 0, 5 * S)
+    assert set(idle) == {"instant"}
+
+
+def test_an_average_is_idle_power_where_there_is_nothing_else_and_of_the_second_half():
+    power = readings(lambda s: 700.0 if s < 2.0 else 90.0)
+    shown = pl.col("power_instant_mw").alias("power_average_mw")
+    only = power.with_columns(shown, pl.lit(None, pl.UInt64).alias("energy_mj")).with_columns(
+        pl.lit(None, pl.UInt32).alias("power_instant_mw")
+    )
+    assert idle_power_w(only, 0, S, 5 * S) == {"average": pytest.approx(90.0)}
+    assert set(idle_power_w(power.with_columns(shown), 0, S, 5 * S)) == {"instant", "counter"}

@@ -135,7 +135,8 @@ def test_another_gpus_file_is_not_taken():
         known_sensors(replace(INFO, uuid="GPU-10"), PUBLISHED)
 
 
-def test_a_write_that_fails_leaves_the_old_file(config, monkeypatch):
+@pytest.mark.parametrize("step", ["write_text", "replace"])
+def test_a_write_that_fails_leaves_the_old_file(config, monkeypatch, step):
     path = save_profile(PROFILE)
     before = path.read_bytes()
 
@@ -143,7 +144,7 @@ def test_a_write_that_fails_leaves_the_old_file(config, monkeypatch):
         self.touch()
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("pathlib.Path.write_text", full)
+    monkeypatch.setattr(f"pathlib.Path.{step}", full)
     with pytest.raises(GpuError, match=r"cannot be written there \(No space left on device\)"):
         save_profile(replace(PROFILE, polls=5))
     assert path.read_bytes() == before
