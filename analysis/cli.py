@@ -17,7 +17,10 @@ RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory of
 RunPaths = Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run directories.", show_default=False)]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 Method = Annotated[
-    str, typer.Option(help="How a step is shared: shapley (the work's own price), equal-time, or tokens.")
+    str,
+    typer.Option(
+        help="How a step is shared: shapley (the work's own price), equal-time, tokens, or marginal (what it adds)."
+    ),
 ]
 
 
@@ -44,9 +47,10 @@ def energy(
     from analysis.evaluate import BASELINE, judge
     from analysis.load import open_run
     from analysis.saved import save
+    from analysis.split import MARGINAL
 
     opened = open_run(run)
-    judged = opened.has("truth")
+    judged = opened.has("truth") and method != MARGINAL
     results = attribute_methods(opened, list(dict.fromkeys([method, *([BASELINE] if judged else [])])), scope)
     save(results[method])
     errors = judge(opened, results) if judged else []
@@ -68,6 +72,8 @@ def energy(
 
 def _print_energy(summary: dict[str, Any], name: str) -> None:
     """Where the joules went, and what that rests on."""
+    from analysis.split import MARGINAL
+
     measured_j = summary["measured_j"]
     window_s = summary["window"]["duration_s"]
     simulated = "SIMULATED  " if summary["simulated"] else ""
@@ -79,7 +85,10 @@ def _print_energy(summary: dict[str, Any], name: str) -> None:
             ("prefill", "prefill_j"),
             ("decode", "decode_j"),
             ("idle (no request in the engine)", "idle_j"),
-            ("other (not ours)", "other_j"),
+            (
+                "other (not ours)" if summary["method"] != MARGINAL else "other (not ours, or added by nobody)",
+                "other_j",
+            ),
             ("measured", "measured_j"),
         )
     ]

@@ -12,6 +12,7 @@ import polars as pl
 
 from analysis.energy import Energy, attribute_methods
 from analysis.requests import request_table
+from analysis.split import MARGINAL
 from replay.rundir import Run
 from tracegen.errors import AnalysisError
 
@@ -36,13 +37,17 @@ def evaluate(run: Run, methods: Sequence[str] = ("shapley", BASELINE)) -> list[E
 
 
 def judge(run: Run, energies: Mapping[str, Energy]) -> list[Error]:
-    """The errors of attributions that are there already."""
+    """The errors of attributions that are there already, but for `marginal`: the truth is no marginal cost."""
     if not run.has("truth"):
         raise AnalysisError(f"{run.path}: has no truth.parquet; only simulated runs know what each request really cost")
     truth = run.scan("truth").select("request_id", pl.col("energy_j").alias("truth_j")).collect()
     buckets = request_table(run).select("request_id", "bucket")
     truth = truth.join(buckets, on="request_id", how="left").filter(pl.col("truth_j") > 0)
-    return [_error(method, energy.requests.join(truth, on="request_id")) for method, energy in energies.items()]
+    return [
+        _error(method, energy.requests.join(truth, on="request_id"))
+        for method, energy in energies.items()
+        if method != MARGINAL
+    ]
 
 
 def _error(method: str, table: pl.DataFrame) -> Error:

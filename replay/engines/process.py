@@ -92,7 +92,10 @@ class ServerProcess:
         """What the log says last: the error that began the end, else an error, else anything."""
         lines = self._lines()
         errors = [line for line in lines if "error" in line.lower()]
-        causes = [line for line in lines if _RAISED.match(line) and not _CONSEQUENCE.search(line)]
+        # A validation error says what is wrong in the line after.
+        pairs = zip(lines, [*lines[1:], ""], strict=False)
+        said = [then if "validation error" in line else line for line, then in pairs if _RAISED.match(line)]
+        causes = [line for line in said if not _CONSEQUENCE.search(line)]
         return (causes or errors or lines or ["(it said nothing)"])[-1][:300]
 
     def _last_line(self) -> str:

@@ -23,8 +23,9 @@ from typing import Any, Self
 import polars as pl
 
 from replay.clock import NS_PER_MS, NS_PER_S, now_ns
-from replay.gpu.base import PowerSource, Reading, open_power
+from replay.gpu.base import PowerSource, Reading, Sensor, open_power
 from replay.gpu.rapl import POWERCAP, CpuEnergy
+from replay.gpu.sensor_profiles import known_sensors
 from replay.rundir import CPU_ENERGY, POWER, PartWriter
 from tracegen.errors import GpuError, WattraceError
 
@@ -178,7 +179,7 @@ class _Loop:
         self._cpu_writer = PartWriter(run_dir, "cpu_energy") if cpu else None
         self._rows: list[tuple[Any, ...]] = []
         self._cpu_rows: list[tuple[Any, ...]] = []
-        periods = {g: s.period_ns for g in indices if (s := gpus.sensors(g).get("instant")) is not None}
+        periods = {g: s.period_ns for g in indices if (s := _instant(gpus, g)) is not None}
         self._polled = {g: _Polled(UpdateClock(periods.get(g))) for g in indices}
         self._poll_ns = round(min(periods.values(), default=_UNKNOWN_PERIOD_NS) / _POLLS_PER_PERIOD)
         self._written_ns = 0
@@ -242,6 +243,12 @@ class _Loop:
 def _next_on_grid(due_ns: int, period_ns: int) -> int:
     """When it is due again after `due_ns`; what is late is not made up for, but skipped."""
     return due_ns + period_ns * max(1, math.ceil((now_ns() - due_ns) / period_ns))
+
+
+def _instant(gpus: PowerSource, gpu: int) -> Sensor | None:
+    """How the instant sensor of `gpu` behaves: as probed on this card, else as published."""
+    (info,) = (device for device in gpus.devices() if device.gpu == gpu)
+    return known_sensors(info, gpus.sensors(gpu))[0].get("instant")
 
 
 def _stdin_closed(until_ns: int) -> bool:

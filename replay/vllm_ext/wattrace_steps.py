@@ -137,11 +137,12 @@ class StepLog:
 class _Flight:
     """A step that has been scheduled and has not ended."""
 
-    __slots__ = ("body", "ended", "kv_usage", "news", "output", "start_ns", "waiting")
+    __slots__ = ("body", "ended", "ids", "kv_usage", "news", "output", "start_ns", "waiting")
 
     def __init__(self, output: Any, start_ns: int, waiting: int, kv_usage: float) -> None:
         self.output = output  # kept so that its id stays its own
         self.start_ns, self.waiting, self.kv_usage = start_ns, waiting, kv_usage
+        self.ids: list[str] = []  # of the requests in `body`
         self.body: tuple[list[int], list[int], list[int]] | None = None
         self.news: list[tuple[int, str, int]] = []
         self.ended: list[int] = []
@@ -216,12 +217,12 @@ class StepRecorder:
         if not (goes_on and tokens == self._tokens):
             for request_id in starts:
                 flight.news.append(self._start(request_id))
-            contexts = dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
-            for new in output.scheduled_new_reqs:
-                contexts[new.req_id] = new.num_computed_tokens
-            numbers = self._numbers
-            flight.body = ([numbers[i] for i in tokens], list(tokens.values()), [contexts[i] for i in tokens])
-            context_sum = sum(contexts.values())
+            new = output.scheduled_new_reqs
+            ids = flight.ids = [*cached.req_ids, *[request.req_id for request in new]]
+            contexts = [*cached.num_computed_tokens, *[request.num_computed_tokens for request in new]]
+            # By map, whose loop is not Python's: there may be hundreds of requests.
+            flight.body = (list(map(self._numbers.__getitem__, ids)), list(map(tokens.__getitem__, ids)), contexts)
+            context_sum = sum(contexts)
         self._tokens, self._total, self._context_sum, self._steady = tokens, total, context_sum, not drafts
         self._flights[id(output)] = flight
 
@@ -249,7 +250,7 @@ class StepRecorder:
                 rejected.pop(request_id, None)  # it starts again: its contexts are its own from here on
             assert flight.body is not None  # a step after drafts is written in full
             contexts = flight.body[2]
-            for at, request_id in enumerate(flight.output.num_scheduled_tokens):
+            for at, request_id in enumerate(flight.ids):
                 contexts[at] -= rejected.get(request_id, 0)
 
     def _ends(self, flight: _Flight, end_ns: int) -> None:

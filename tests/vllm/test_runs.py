@@ -282,13 +282,9 @@ def test_the_whole_job_at_tp_2(driver, processes, offline, tmp_path, tiny_model,
         summary = attribute(run, method=method).summary
         total_j = sum(summary[key] for key in ("attributed_j", "idle_j", "other_j"))
         assert total_j == pytest.approx(summary["measured_j"], rel=1e-9)
-        assert summary["instances"][0]["membership"] == "step records"
-    power = run.scan("power").filter(
-        pl.col("t_ns").is_between(manifest["measure_start_ns"], manifest["measure_end_ns"])
-    )
-    readings = power.collect()
-    counter_j = sum((f["energy_mj"].max() - f["energy_mj"].min()) / 1e3 for f in readings.partition_by("gpu"))
-    assert summary["measured_j"] == pytest.approx(counter_j, rel=0.02)
+        assert summary["membership"] == "step records"
+    seconds = (manifest["measure_end_ns"] - manifest["measure_start_ns"]) / 1e9
+    assert summary["measured_j"] == pytest.approx((103 + 153) * seconds, rel=0.02), "what the fake GPUs draw"
 
 
 def test_a_killed_engine_ends_the_run_with_what_there_is(driver, processes, offline, tmp_path, tiny_model, vllm_python):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from replay.clock import now_ns
 from replay.gpu import sampler as sampler_module
-from replay.gpu.base import Reading, Sensor
+from replay.gpu.base import GpuInfo, Reading, Sensor
 from replay.gpu.rapl import CpuReading
 from replay.gpu.sampler import Sampler, UpdateClock, _Loop
 from replay.gpu.sim import SimBoard
@@ -209,6 +209,9 @@ class Failing:
 
     def __init__(self, clock, gone, slow_ns=0):
         self.clock, self.gone, self.slow_ns = clock, gone, slow_ns
+
+    def devices(self):
+        return [GpuInfo(gpu, f"GPU-{gpu}", "Card") for gpu in range(8)]
 
     def sensors(self, gpu):
         return {"instant": Sensor(PERIOD, 25 * MS, 0)}
