@@ -157,6 +157,7 @@ class StepRecorder:
         self._flights: dict[int, _Flight] = {}
         self._numbers: dict[str, int] = {}
         self._until: dict[str, int] = {}
+        self._unwritten: set[int] = set()  # numbers whose first frame is still to come
         self._next_number = 0
         self._step = 0
         self._last_end_ns = 0
@@ -231,6 +232,7 @@ class StepRecorder:
         number = self._numbers.get(request_id)
         if number is None:
             number = self._numbers[request_id] = self._next_number
+            self._unwritten.add(number)
             self._next_number += 1
         until = self._until[request_id] = self._scheduler.requests[request_id].num_tokens
         return number, request_id, until
@@ -266,11 +268,13 @@ class StepRecorder:
         self._step += 1
         self._cost_ns = 0
         self._log.write(frame)
+        self._unwritten.difference_update(number for number, _, _ in flight.news)
 
     def _turn_over(self, flight: _Flight) -> None:
         """Begin a new file at a step that can be read by itself; have the next one be such where this one is not."""
         if flight.body is not None:
-            self._log.next_file({"requests": [(n, i, self._until[i]) for i, n in self._numbers.items()]})
+            known = [(n, i, self._until[i]) for i, n in self._numbers.items() if n not in self._unwritten]
+            self._log.next_file({"requests": known})
         else:
             self._steady = False  # the next step is written in full
 
