@@ -217,7 +217,8 @@ async def _follow_steps(plan: Plan, prepared: Prepared, stack: AsyncExitStack, p
             if follower.error is not None:
                 if plan.options.steps is not None:
                     raise ReplayError(f"--steps {follower.error}")
-                reasons.append(follower.error)
+                mine = "vLLM's step recorder wrote no log, see server.log"
+                reasons.append(mine if not any(engine.step_log.glob("*")) else follower.error)
     if reasons:
         prepared.manifest["no_steps"] = reasons[0]
         progress.say(f"no engine steps: {reasons[0]}; who was in the engine when is told from client times")

@@ -25,9 +25,7 @@ async def warm_up(plan: Plan, served: Sequence[Served], salt: int) -> None:
     lengths = plan.trace["input_tokens"].sort()
     quantiles = [(i + 1) / plan.warmups for i in range(plan.warmups)]
     sizes = [int(lengths.quantile(q, "nearest") or 1) for q in quantiles]
-    async with asyncio.TaskGroup() as group:
-        for server in served:
-            group.create_task(_warm_one(plan, server, sizes, salt))
+    await asyncio.gather(*(_warm_one(plan, server, sizes, salt) for server in served))
 
 
 async def _warm_one(plan: Plan, server: Served, sizes: Sequence[int], salt: int) -> None:

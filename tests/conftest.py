@@ -11,6 +11,7 @@ import pytest
 
 COMPILER = shutil.which("cc")
 SOURCES = Path(__file__).parent / "replay" / "gpu"
+FAKE_VLLM = Path(__file__).parent / "replay" / "fake_vllm.py"
 
 
 @pytest.fixture(scope="session")
@@ -84,3 +85,17 @@ def until():
         return value
 
     return until
+
+
+@pytest.fixture
+def vllm_package(tmp_path):
+    """A folder with a package `vllm` that serves (replay/fake_vllm.py), for PYTHONPATH."""
+    package = tmp_path / "site" / "vllm" / "entrypoints" / "cli"
+    package.mkdir(parents=True)
+    for folder in (package, package.parent, package.parent.parent):
+        (folder / "__init__.py").touch()
+    shutil.copy(FAKE_VLLM, package / "main.py")
+    described = tmp_path / "site" / "vllm-0.32.0.dist-info"
+    described.mkdir()
+    (described / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0\n")
+    return tmp_path / "site"

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,14 @@ def weights_mib(model: str, arguments: Sequence[str] = ()) -> float | None:
     files = list(folder.glob("*.safetensors"))
     if files:
         return sum(file.stat().st_size for file in files) / _MIB
+    if any(argument.startswith(("--quantization", "-q")) for argument in arguments):
+        return None
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        if "quantization_config" in config or any(a.startswith(("--quantization", "-q")) for a in arguments):
-            return None
-        return parameters(config) * _bytes(config, arguments) / _MIB
+        count = None if "quantization_config" in config else parameters(config)
     except (ValueError, KeyError, TypeError, AttributeError, OSError):
         return None  # a shape that is not known here is vLLM's to judge
+    return None if count is None else count * _bytes(config, arguments) / _MIB
 
 
 def parameters(config: dict[str, Any]) -> int:
@@ -49,7 +51,7 @@ def parameters(config: dict[str, Any]) -> int:
 
 def _bytes(config: dict[str, Any], arguments: Sequence[str]) -> int:
     """Bytes a weight."""
-    asked = next((b for a, b in zip(arguments, [*arguments[1:], ""], strict=True) if a == "--dtype"), "auto")
+    asked = next((value for name, value in pairwise([*arguments, ""]) if name == "--dtype"), "auto")
     asked = next((a.partition("=")[2] for a in arguments if a.startswith("--dtype=")), asked)
     if asked == "auto":
         asked = str(config.get("torch_dtype") or config.get("dtype") or "auto")

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import aiohttp
@@ -93,7 +94,7 @@ class ServerProcess:
         lines = self._lines()
         errors = [line for line in lines if "error" in line.lower()]
         # A validation error says what is wrong in the line after.
-        pairs = zip(lines, [*lines[1:], ""], strict=False)
+        pairs = pairwise([*lines, ""])
         said = [then if "validation error" in line else line for line, then in pairs if _RAISED.match(line)]
         causes = [line for line in said if not _CONSEQUENCE.search(line)]
         return (causes or errors or lines or ["(it said nothing)"])[-1][:300]

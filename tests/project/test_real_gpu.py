@@ -1,7 +1,6 @@
 """The measurement of a real GPU, where there is none: its checks find what is known, and the command goes through."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -17,7 +16,6 @@ from tracegen.synthesize import synthesize
 
 ROOT = Path(__file__).parents[2]
 BENCHMARKS = ROOT / "benchmarks"
-COMPILER = shutil.which("cc")
 EXTRA_IDS = 1000
 
 
@@ -230,26 +228,9 @@ def test_the_model_folder_has_a_word_for_every_id(modules, tmp_path):
 
 
 @pytest.fixture
-def machine(tmp_path):
+def machine(driver, vllm_package, tmp_path):
     """The environment of a machine with a driver (a made one) and a vLLM that only answers: no steps."""
-    if COMPILER is None or not sys.platform.startswith("linux"):
-        pytest.skip("needs Linux and a C compiler")
-    library = tmp_path / "lib"
-    library.mkdir()
-    source = ROOT / "tests" / "replay" / "gpu" / "fake_nvml.c"
-    flags = ["-shared", "-fPIC", "-O1", "-o", str(library / "libnvidia-ml.so.1")]
-    subprocess.run([COMPILER, *flags, str(source)], check=True)
-    package = tmp_path / "site" / "vllm" / "entrypoints" / "cli"
-    package.mkdir(parents=True)
-    for folder in (package, package.parent, package.parent.parent):
-        (folder / "__init__.py").touch()
-    shutil.copy(ROOT / "tests" / "replay" / "fake_vllm.py", package / "main.py")
-    about = tmp_path / "site" / "vllm-0.26.0.dist-info"
-    about.mkdir()
-    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0.26.0\n", encoding="utf-8")
-    path = os.pathsep.join(filter(None, [str(library), os.environ.get("LD_LIBRARY_PATH")]))
-    own = {"PYTHONPATH": str(tmp_path / "site"), "XDG_CONFIG_HOME": str(tmp_path / "config"), "FAKE_NVML_MODE": ""}
-    return {**os.environ, "LD_LIBRARY_PATH": path, **own}
+    return driver() | {"PYTHONPATH": str(vllm_package), "XDG_CONFIG_HOME": str(tmp_path / "config")}
 
 
 def test_with_driver_and_vllm_it_goes_through_and_says_what_could_not_be_checked(machine, tmp_path):

@@ -2,7 +2,6 @@
 
 import asyncio
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -114,17 +113,3 @@ def plain_server():
     finally:
         process.kill()
         process.wait()
-
-
-@pytest.fixture
-def vllm_package(tmp_path):
-    """A folder with a package `vllm` that serves (fake_vllm.py), for PYTHONPATH."""
-    package = tmp_path / "site" / "vllm" / "entrypoints" / "cli"
-    package.mkdir(parents=True)
-    for folder in (package, package.parent, package.parent.parent):
-        (folder / "__init__.py").touch()
-    shutil.copy(Path(__file__).parent / "fake_vllm.py", package / "main.py")
-    described = tmp_path / "site" / "vllm-0.32.0.dist-info"
-    described.mkdir()
-    (described / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0\n")
-    return tmp_path / "site"

@@ -1,7 +1,7 @@
 """What `python -m vllm.entrypoints.cli.main serve MODEL ...` is to replay, from the standard library alone.
 
 FAKE_VLLM_LOG   file that the arguments and the environment are written to
-FAKE_VLLM_MODE  "die": end while starting; "slow": never be ready
+FAKE_VLLM_MODE  "die": end while starting; "slow": never be ready; "refuse": answer no request
 """
 
 import json
@@ -27,6 +27,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if os.environ.get("FAKE_VLLM_MODE") == "refuse":
+            self.answer(400, b"out of order")
+            return
         events = []
         for i in range(1, body["max_tokens"] + 1):
             usage = {"prompt_tokens": len(body["prompt"]), "completion_tokens": i}

@@ -242,8 +242,8 @@ def as_typed(driver, vllm_package, make_trace, tmp_path):
     """`replay run trace.parquet ...` on a machine with two GPUs, a driver and vLLM."""
     make_trace(tmp_path / "trace.parquet", [(i * 20, 30, 3) for i in range(10)])
 
-    def run(*arguments, mode="", gpu_mode=""):
-        env = driver(gpu_mode) | {
+    def run(*arguments, mode="", gpu_mode="", gpu_settings=None):
+        env = driver(gpu_mode, **(gpu_settings or {})) | {
             "PYTHONPATH": str(vllm_package), "FAKE_VLLM_MODE": mode, "FAKE_VLLM_LOG": str(tmp_path / "started.json")
         }  # fmt: skip
         argv = [sys.executable, "-m", "replay.cli", "run", "trace.parquet", *arguments]
@@ -289,4 +289,82 @@ def test_no_permission_is_said_before_vllm_is_launched(as_typed, tmp_path):
     assert done.returncode == 2
     assert "needs root or CAP_SYS_ADMIN" in done.stderr.splitlines()[-1]
     assert not (tmp_path / "started.json").exists()
+    assert not (tmp_path / "run").exists()
+
+
+def refused(done, tmp_path):
+    """The one line of a run that did not begin, and that nothing was started or changed."""
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert not (tmp_path / "started.json").exists()
+    assert not (tmp_path / "clocks.log").exists()
+    assert not (tmp_path / "run").exists()
+    return errors[0]
+
+
+def test_a_gpu_that_others_use_is_refused_by_name_and_taken_if_asked(as_typed, tmp_path):
+    busy = {"processes": f"0:{os.getpid()}:3000"}
+    error = refused(as_typed("--freq", "1200", "-o", "run", gpu_settings=busy), tmp_path)
+    assert error.startswith(f"error: GPU 0 is used by process {os.getpid()} (")
+    assert "3,000 MiB" in error
+    assert "--allow-busy" in error
+    unseen = refused(as_typed("-o", "run", gpu_settings={"used_mib": "0:9000"}), tmp_path)
+    assert "a process that cannot be seen from here (9,000 MiB)" in unseen
+    done = as_typed("--allow-busy", "-o", "run", "--idle", "700ms", gpu_settings=busy)
+    assert done.returncode == 0, done.stderr
+    assert f"WARNING: GPU 0 is used by process {os.getpid()}" in done.stderr
+    assert str(os.getpid()) in Run.open(tmp_path / "run").manifest["gpus_shared_with"][0]
+
+
+def test_what_cannot_serve_is_refused_before_anything_is_changed(as_typed, tmp_path):
+    assert "split into instances (MIG)" in refused(as_typed("-o", "run", gpu_mode="mig"), tmp_path)
+    large = tmp_path / "large"
+    large.mkdir()
+    shape = {
+        "hidden_size": 8192, "num_hidden_layers": 80, "num_attention_heads": 64, "num_key_value_heads": 8,
+        "intermediate_size": 28672, "vocab_size": 128256,
+    }  # fmt: skip
+    (large / "config.json").write_text(json.dumps(shape))
+    error = refused(as_typed("--model", str(large), "-o", "run"), tmp_path)
+    assert "model does not fit: needs 131.4 GiB a GPU, GPU 0 has 79.6; use a larger --tp" in error
+    for arguments, message in (
+        (["--tp", "4"], "GPU 2 does not exist: this host has 2 (--tp 4, --gpus)"),
+        (["--replicas", "3"], "GPU 2 does not exist: this host has 2 (--tp 1 --replicas 3, --gpus)"),
+        (["--freq", "5000"], "--freq 5000: GPU 0 supports SM clocks from 210 to 1980 MHz"),
+        (["--power-cap", "900"], "--power-cap 900: GPU 0 takes 200 to 700 W; choose a cap in this range"),
+        (["--vllm-arg=--port=1"], "--vllm-arg --port=1: replay sets --port itself; use --port of replay run"),
+        (["--vllm-python", "/no/python"], "--vllm-python /no/python: is no Python that can be run"),
+    ):
+        assert message in refused(as_typed(*arguments, "-o", "run"), tmp_path)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert "Address already in use" in refused(as_typed("--port", str(port), "-o", "run"), tmp_path)
+
+
+def test_a_power_cap_is_held_for_the_run(as_typed, tmp_path):
+    done = as_typed("--power-cap", "400", "-o", "run", "--idle", "700ms")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "clocks.log").read_text() == "0 W 400\n0 W 700\n"
+    assert Run.open(tmp_path / "run").manifest["instances"][0]["power_cap_w"] == 400
+
+
+def test_replicas_are_launched_on_gpus_and_ports_of_their_own(as_typed, tmp_path):
+    done = as_typed("--replicas", "2", "-o", "run", "--idle", "700ms", "--num-warmups", "2")
+    assert done.returncode == 0, done.stderr
+    run = Run.open(tmp_path / "run")
+    assert [i["gpus"] for i in run.manifest["instances"]] == [[0], [1]]
+    ports = {i["command"][i["command"].index("--port") + 1] for i in run.manifest["instances"]}
+    assert len(ports) == 2
+    assert run.scan("requests").collect().sort("request_id")["instance"].to_list() == [0, 1] * 5
+    assert run.manifest["warmups"] == 4
+    assert "no engine steps" in done.stderr
+    assert run.manifest["no_steps"] == "vLLM's step recorder wrote no log, see server.log"
+
+
+def test_a_server_that_refuses_the_first_request_ends_the_run_before_it_begins(as_typed, tmp_path):
+    done = as_typed("-o", "run", "--idle", "700ms", mode="refuse")
+    assert done.returncode == 2
+    assert "does not answer a first request (http_error 400: out of order)" in done.stderr.splitlines()[-1]
     assert not (tmp_path / "run").exists()
