@@ -4,7 +4,6 @@
 it reads to the log's end when its standard input closes, which happens on every way that replay can end.
 """
 
-import asyncio
 import contextlib
 import json
 import os
@@ -12,7 +11,6 @@ import re
 import select
 import signal
 import struct
-import subprocess
 import sys
 from array import array
 from collections.abc import Iterator
@@ -23,6 +21,7 @@ from typing import Any, Self
 import msgspec
 import numpy as np
 
+from replay.child import Child
 from replay.clock import NS_PER_S, now_ns
 from replay.steps import Kind, Part, StepWriter, totals
 from tracegen.errors import ReplayError, WattraceError
@@ -194,38 +193,23 @@ class StepFollower:
 
     def __init__(self, folder: Path, run_dir: Path, instance: int, since_ns: int) -> None:
         """`folder` is what WATTRACE_STEPS named when vLLM was started."""
-        arguments = (folder, run_dir, instance, since_ns)
-        self._argv = [sys.executable, "-m", "replay.steplog", *map(str, arguments)]
-        self._process: asyncio.subprocess.Process | None = None
+        self._child = Child("replay.steplog", folder, run_dir, instance, since_ns)
         self.summary: dict[str, Any] = {}
         self.error: str | None = None  # why there are no steps
 
     async def __aenter__(self) -> Self:
         """Start, and read the log's beginning; `error` says why that cannot be done."""
-        self._process = await asyncio.create_subprocess_exec(
-            *self._argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
-        )
-        try:
-            await self._hear()
-        except BaseException:  # cancelled: a context that was not entered is not left either
-            await self.__aexit__()
-            raise
+        self._take(await self._child.start() or {"error": "the process that follows the steps ended without a word"})
         return self
 
     async def __aexit__(self, *_: object) -> None:
         """Read to the log's end; all steps are written when this returns."""
-        if self._process is not None and self._process.stdin is not None:
-            self._process.stdin.close()
-            await self._hear()
-            await self._process.wait()
+        for message in await self._child.stop():
+            self._take(message)
 
-    async def _hear(self) -> None:
-        assert self._process is not None
-        assert self._process.stdout is not None
-        if line := await self._process.stdout.readline():
-            message = json.loads(line)
-            self.error = message.pop("error", self.error)
-            self.summary |= message
+    def _take(self, message: dict[str, Any]) -> None:
+        self.error = message.pop("error", self.error)
+        self.summary |= message
 
 
 def follow(folder: Path, run_dir: Path, instance: int, since_ns: int) -> None:

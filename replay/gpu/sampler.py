@@ -13,7 +13,6 @@ import math
 import os
 import select
 import signal
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -22,6 +21,7 @@ from typing import Any, Self
 
 import polars as pl
 
+from replay.child import Child
 from replay.clock import NS_PER_MS, NS_PER_S, now_ns
 from replay.gpu.base import PowerSource, Reading, Sensor, open_power
 from replay.gpu.rapl import POWERCAP, CpuEnergy
@@ -101,42 +101,32 @@ class Sampler:
     ) -> None:
         """`spec` as for `open_power`; `indices` the GPUs to read; `with_cpu`: the CPUs' energy too, from `powercap`."""
         gpus = ",".join(map(str, indices))
-        self._argv = [sys.executable, "-m", "replay.gpu.sampler", spec, gpus, str(run_dir), host]
-        if with_cpu:
-            self._argv += ["--with-cpu", str(powercap)]
-        self._process: asyncio.subprocess.Process | None = None
+        cpu = ["--with-cpu", powercap] if with_cpu else []
+        self._child = Child("replay.gpu.sampler", spec, gpus, run_dir, host, *cpu)
         self._reader: asyncio.Task[None] | None = None
         self._news = asyncio.Event()
         self.status: Status | None = None
 
     async def __aenter__(self) -> Self:
         """Start, and wait for the first reading. Raises `GpuError` when there is none."""
-        self._process = await asyncio.create_subprocess_exec(
-            *self._argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
-        )
-        self._reader = asyncio.create_task(self._follow())
-        try:
-            await self._news.wait()
-        except BaseException:  # cancelled: a context that was not entered is not left either
-            await self.__aexit__()
-            raise
+        self._take(await self._child.start() or {"error": "the power sampler did not start"})
         if self.status is None or self.status.error:
-            await self.__aexit__()
-            raise GpuError((self.status and self.status.error) or "the power sampler did not start")
+            await self._child.stop()
+            raise GpuError(self.status and self.status.error)
+        self._reader = asyncio.create_task(self._follow())
         return self
 
     async def __aexit__(self, *_: object) -> None:
         """Stop; every reading is written when this returns."""
-        if self._process is not None and self._process.stdin is not None:
-            self._process.stdin.close()
-            await self._process.wait()
+        self._child.close()
         if self._reader is not None:
             await self._reader
+        await self._child.stop()
 
     @property
     def alive(self) -> bool:
         """Whether the sampler still runs."""
-        return self._process is not None and self._process.returncode is None
+        return self._child.alive
 
     async def written_until(self, t_ns: int) -> None:
         """Return when all readings up to `t_ns` are in the run directory, or the sampler has ended."""
@@ -146,14 +136,14 @@ class Sampler:
                 await asyncio.wait_for(self._news.wait(), 1.0)
 
     async def _follow(self) -> None:
-        assert self._process is not None
-        assert self._process.stdout is not None
-        async for line in self._process.stdout:
-            message = json.loads(line)
-            for key in _BY_GPU:
-                message[key] = {int(gpu): value for gpu, value in message.get(key, {}).items()}
-            self.status = Status(**{"t_ns": 0, "written_ns": 0, **message})
-            self._news.set()
+        async for message in self._child.messages():
+            self._take(message)
+        self._news.set()
+
+    def _take(self, message: dict[str, Any]) -> None:
+        for key in _BY_GPU:
+            message[key] = {int(gpu): value for gpu, value in message.get(key, {}).items()}
+        self.status = Status(**{"t_ns": 0, "written_ns": 0, **message})
         self._news.set()
 
 

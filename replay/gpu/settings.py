@@ -9,17 +9,16 @@ restoring the limit that was there before. Should that process itself be killed 
 until `replay clocks reset`.
 """
 
-import asyncio
 import json
 import os
 import select
 import signal
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from typing import Self
 
+from replay.child import Child
 from replay.gpu.base import Gpus, open_gpus
 from tracegen.errors import GpuError, WattraceError
 
@@ -62,34 +61,20 @@ class GpuSettings:
     ) -> None:
         """`spec` as for `open_gpus`; `mhz` a supported clock; None leaves clock or cap as they are."""
         wanted = json.dumps({"indices": [*indices], "mhz": mhz, "power_cap_w": power_cap_w})
-        self._argv = [sys.executable, "-m", "replay.gpu.settings", spec, wanted]
-        self._holder: asyncio.subprocess.Process | None = None
+        self._holder = Child("replay.gpu.settings", spec, wanted)
         self.not_restored: str | None = None  # afterwards: what could not be given back, and why
 
     async def __aenter__(self) -> Self:
         """Set. Raises `GpuError` when the driver refuses; then nothing is left changed."""
-        self._holder = await asyncio.create_subprocess_exec(
-            *self._argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
-        )
-        assert self._holder.stdout is not None
-        try:
-            line = await self._holder.stdout.readline()
-        except BaseException:  # cancelled: a context that was not entered is not left either
-            await self.__aexit__()
-            raise
-        answer = json.loads(line) if line else {"error": "the process that sets the GPUs ended without a word"}
+        answer = await self._holder.start() or {"error": "the process that sets the GPUs ended without a word"}
         if "error" in answer:
-            await self._holder.wait()
+            await self._holder.stop()
             raise GpuError(answer["error"])
         return self
 
     async def __aexit__(self, *_: object) -> None:
         """Restore, and wait until it is done. What a lost GPU refuses is in `not_restored`: it spoils no run."""
-        if self._holder is None or self._holder.stdin is None or self._holder.stdout is None:
-            return
-        self._holder.stdin.close()
-        words = [json.loads(line) async for line in self._holder.stdout]
-        await self._holder.wait()
+        words = await self._holder.stop()
         self.not_restored = next((word["error"] for word in words if "error" in word), None)
 
 

@@ -173,9 +173,9 @@ def test_a_missing_board_is_an_error(tmp_path):
 def test_a_sampler_that_is_cancelled_while_it_starts_leaves_no_process(tmp_path):
     async def main():
         sampler = Sampler("sim:none", [0], tmp_path, "here")
-        sampler._argv = [sys.executable, "-c", "import sys; sys.stdin.read()"]
+        sampler._child.argv = [sys.executable, "-c", "import sys; sys.stdin.read()"]
         entering = asyncio.create_task(sampler.__aenter__())
-        while sampler._reader is None:
+        while sampler._child.process is None:
             await asyncio.sleep(0.01)
         entering.cancel()
         with pytest.raises(asyncio.CancelledError):

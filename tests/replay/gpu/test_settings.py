@@ -209,14 +209,14 @@ def test_a_missing_driver_is_an_error(tmp_path):
 def test_settings_that_are_cancelled_while_they_start_leave_no_process():
     async def main():
         held = GpuSettings("sim:none", [0], 1200)
-        held._argv = [sys.executable, "-c", "import sys; sys.stdin.read()"]
+        held._holder.argv = [sys.executable, "-c", "import sys; sys.stdin.read()"]
         entering = asyncio.create_task(held.__aenter__())
-        while held._holder is None:
+        while held._holder.process is None:
             await asyncio.sleep(0.01)
         entering.cancel()
         with pytest.raises(asyncio.CancelledError):
             await entering
-        return held._holder.returncode
+        return held._holder.process.returncode
 
     assert asyncio.run(main()) == 0
 
@@ -229,7 +229,7 @@ def parent(driver):
         from replay.gpu.settings import GpuSettings
         async def main():
             async with GpuSettings("nvml", [0, 1], 1200, 400.0) as held:
-                print(held._holder.pid, flush=True)
+                print(held._holder.process.pid, flush=True)
                 await asyncio.get_running_loop().run_in_executor(None, input)
         asyncio.run(main())
     """)
