@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from replay.clock import now_ns
-from replay.engines.vllm import redact
+from replay.engines.vllm import take_secrets
 from replay.plan import Plan, RunOptions
 from tracegen.schema import file_sha256
 
@@ -52,7 +52,7 @@ def first_manifest(plan: Plan, run_id: str) -> dict[str, Any]:
 
 def _arguments(options: RunOptions) -> dict[str, Any]:
     """What was asked, without keys and tokens."""
-    shown = asdict(options) | {"vllm_args": redact(options.vllm_args)}
+    shown = asdict(options) | {"vllm_args": take_secrets(options.vllm_args)[0]}
     del shown["api_key"]
     return {key: str(value) if isinstance(value, Path) else value for key, value in shown.items()}
 

@@ -21,7 +21,7 @@ from replay.engines.sim import SimEngine
 from replay.engines.vllm import VllmEngine, VllmLaunch
 from replay.gpu.base import Gpus, PowerSource, open_gpus, open_power
 from replay.gpu.baseline import idle_power_w
-from replay.gpu.occupancy import check_free
+from replay.gpu.occupancy import check_free, check_whole
 from replay.gpu.sampler import Sampler
 from replay.gpu.sensor_profiles import known_sensors
 from replay.gpu.settings import GpuSettings, check_power_cap, nearest_clock
@@ -166,6 +166,9 @@ def _check_exists(plan: Plan, known: set[int]) -> None:
 def _check_settings(plan: Plan, prepared: Prepared, gpus: Gpus, progress: Progress) -> None:
     """Whether the GPUs are free and can be set as asked; which clock will be locked."""
     options, instances = plan.options, prepared.manifest["instances"]
+    check_whole(gpus, plan.gpus)
+    if (driver := gpus.driver_version()) is not None:
+        prepared.manifest["versions"]["nvidia driver"] = driver
     if plan.engine == "vllm":
         needs = None if plan.weights_mib is None else plan.weights_mib / plan.tp
         warnings = check_free(gpus, plan.gpus, options.allow_busy, needs)

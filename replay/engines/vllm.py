@@ -45,7 +45,7 @@ _OWN = {  # arguments that replay gives itself, and how to ask for them
     "-pp": "pipeline parallelism is not supported",
     "--scheduler-cls": "use --no-record-steps with 'vllm serve' of your own and --engine URL",
 }
-_SECRETS = ("--api-key", "--hf-token")
+_SECRETS = {"--api-key": "VLLM_API_KEY", "--hf-token": "HF_TOKEN"}
 
 
 @dataclass(frozen=True)
@@ -67,12 +67,12 @@ class VllmLaunch:
         return [
             self.python or sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", self.model,
             "--host", "127.0.0.1", "--port", str(self.port), "--tensor-parallel-size", str(self.tp),
-            *recorder, *REQUEST_ARGUMENTS, *self.arguments,
+            *recorder, *REQUEST_ARGUMENTS, *take_secrets(self.arguments)[0],
         ]  # fmt: skip
 
     def environment(self) -> dict[str, str]:
         """What is added to this process's environment."""
-        env = {"VLLM_NO_USAGE_STATS": "1"}
+        env = {"VLLM_NO_USAGE_STATS": "1", **take_secrets(self.arguments)[1]}
         if self.gpu_uuids:  # UUIDs mean the same card in every library; indices do not
             env["CUDA_VISIBLE_DEVICES"] = ",".join(self.gpu_uuids)
         return env if self.steps is None else env | recorder_environment(self.steps)
@@ -136,21 +136,20 @@ def check_arguments(arguments: Sequence[str]) -> None:
             raise ReplayError(f"--vllm-arg {argument}: replay sets {name} itself; {why}")
 
 
-def secret(arguments: Sequence[str], name: str) -> str | None:
-    """The value of argument `name`, given as `name=value` or in two words."""
-    for i, argument in enumerate(arguments):
-        if argument == name and i + 1 < len(arguments):
-            return arguments[i + 1]
-        if argument.startswith(f"{name}="):
-            return argument.partition("=")[2]
-    return None
+def take_secrets(arguments: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """`arguments` without keys and tokens, and these by the environment variable that vLLM reads them from too.
 
-
-def redact(arguments: Sequence[str]) -> list[str]:
-    """`arguments` without keys and tokens, for the manifest."""
-    hidden = {value for name in _SECRETS if (value := secret(arguments, name))}
-    shown = [a if a not in hidden else "***" for a in arguments]
-    return [f"{a.partition('=')[0]}=***" if a.partition("=")[0] in _SECRETS and "=" in a else a for a in shown]
+    A command line is for everybody on the host to see, and vLLM logs it.
+    """
+    rest, secrets = [], {}
+    words = iter(arguments)
+    for word in words:
+        name, given, value = word.partition("=")
+        if (variable := _SECRETS.get(name)) is None:
+            rest.append(word)
+        else:
+            secrets[variable] = value if given else next(words, "")
+    return rest, secrets
 
 
 class VllmEngine:
@@ -161,9 +160,9 @@ class VllmEngine:
     def __init__(self, launch: VllmLaunch, timeout_s: float, progress: Callable[[str], None]) -> None:
         """`timeout_s` bounds how long it may take to be ready."""
         self.step_log = launch.steps
-        self.command = redact(launch.command())
+        self.command = launch.command()
         self._base_url = f"http://127.0.0.1:{launch.port}"
-        self._api_key = secret(launch.arguments, "--api-key")
+        self._api_key = take_secrets(launch.arguments)[1].get("VLLM_API_KEY") or os.environ.get("VLLM_API_KEY")
         self._timeout_s, self._progress = timeout_s, progress
         self._server = ServerProcess("vLLM", launch.command(), launch.log, launch.environment())
 

@@ -86,6 +86,9 @@ class PowerSource(Protocol):
 class Gpus(PowerSource, Protocol):
     """The GPUs of one host, through their driver."""
 
+    def driver_version(self) -> str | None:
+        """The driver's version; None where it tells none."""
+
     def state(self, gpu: int) -> GpuState:
         """How `gpu` stands now."""
 

@@ -79,6 +79,13 @@ class NvmlGpus:
         name = _text(self._ask(pynvml.nvmlDeviceGetName, gpu))
         return next((sensors for model, sensors in _SENSORS.items() if model in name), {})
 
+    def driver_version(self) -> str | None:
+        """The driver's version, as nvidia-smi shows it."""
+        try:
+            return _text(pynvml.nvmlSystemGetDriverVersion())
+        except pynvml.NVMLError:
+            return None
+
     def state(self, gpu: int) -> GpuState:
         """How `gpu` stands now; a driver too old to leave its own reservation out tells no used memory."""
         mig = self._optional(pynvml.nvmlDeviceGetMigMode, gpu)

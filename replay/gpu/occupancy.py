@@ -11,20 +11,26 @@ _UNSEEN_MIB = 512
 _MIB_PER_GIB = 1024
 
 
+def check_whole(gpus: Gpus, indices: Sequence[int]) -> None:
+    """Raises `GpuError` when one of `indices` is split (MIG): nobody's share of its power could be told."""
+    for gpu in indices:
+        if gpus.state(gpu).mig:
+            raise GpuError(
+                f"GPU {gpu} is split into instances (MIG), and its power sensors measure the whole card: nobody's "
+                f"share could be told; choose another with --gpus, or end MIG with nvidia-smi -i {gpu} -mig 0"
+            )
+
+
 def check_free(gpus: Gpus, indices: Sequence[int], allow_busy: bool, needs_mib: float | None) -> list[str]:
     """Raises `GpuError` when somebody else computes on `indices`, or a server cannot run there.
 
     `needs_mib`: what its weights take on each GPU; None where that is not known. With `allow_busy` the others are no
     error but the warnings that are returned; a split GPU and a model that does not fit always are errors.
     """
+    check_whole(gpus, indices)
     busy = []
     for gpu in indices:
         state = gpus.state(gpu)
-        if state.mig:
-            raise GpuError(
-                f"GPU {gpu} is split into instances (MIG), and its power sensors measure the whole card: nobody's "
-                f"share could be told; choose another with --gpus, or end MIG with nvidia-smi -i {gpu} -mig 0"
-            )
         if needs_mib is not None:
             _check_fit(gpu, state, needs_mib)
         who = _occupants(state)

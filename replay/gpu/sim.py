@@ -241,6 +241,10 @@ class SimGpus:
         """Give the SM clock of `gpu` back: it then runs at its highest."""
         self._board.lock_clock(gpu, None)
 
+    def driver_version(self) -> str | None:
+        """There is no driver."""
+        return None
+
     def state(self, gpu: int) -> GpuState:
         """A simulated GPU is nobody else's; memory and power caps are not simulated."""
         self._board.clock_mhz(gpu)  # refuses an index that does not exist

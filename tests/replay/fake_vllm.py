@@ -11,7 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 MODEL = sys.argv[2]
-KEPT = ("CUDA_VISIBLE_DEVICES", "VLLM_NO_USAGE_STATS", "WATTRACE_STEPS")
+KEPT = ("CUDA_VISIBLE_DEVICES", "VLLM_NO_USAGE_STATS", "WATTRACE_STEPS", "VLLM_API_KEY")
 
 
 class Handler(BaseHTTPRequestHandler):

@@ -15,7 +15,7 @@ from aiohttp import web
 
 from replay.engines.attach import AttachedEngine
 from replay.engines.process import check_port, free_port
-from replay.engines.vllm import VllmEngine, VllmLaunch, check_arguments, check_version, inspect_vllm, redact
+from replay.engines.vllm import VllmEngine, VllmLaunch, check_arguments, check_version, inspect_vllm, take_secrets
 from replay.rundir import Run
 from tracegen.errors import ReplayError
 
@@ -162,7 +162,8 @@ def test_vllm_is_launched_on_the_chosen_gpus_with_its_arguments(vllm, tmp_path):
         "--enable-request-id-headers", "--enable-prompt-tokens-details", "--max-model-len=4096",
     ]  # fmt: skip
     assert started["env"] == {
-        "CUDA_VISIBLE_DEVICES": "GPU-a,GPU-b", "VLLM_NO_USAGE_STATS": "1", "WATTRACE_STEPS": None
+        "CUDA_VISIBLE_DEVICES": "GPU-a,GPU-b", "VLLM_NO_USAGE_STATS": "1", "WATTRACE_STEPS": None,
+        "VLLM_API_KEY": None,
     }  # fmt: skip
     assert (served.model, served.max_model_len) == ("org/model", 4096)
 
@@ -210,13 +211,16 @@ def test_arguments_that_replay_gives_itself_are_refused(argument):
     check_arguments(["--max-model-len=9", "--portable"])
 
 
-@pytest.mark.parametrize("secret", [["--api-key=s3cret"], ["--api-key", "s3cret"], ["--hf-token", "s3cret"]])
-def test_keys_are_not_written_down(secret):
-    shown = redact(["serve", *secret, "--port", "1"])
-    assert "s3cret" not in str(shown)
-    assert shown[0] == "serve"
-    assert shown[-2:] == ["--port", "1"]
-    assert secret[0].partition("=")[0] in str(shown)
+@pytest.mark.parametrize("secret", [["--api-key=s3=cret"], ["--api-key", "s3=cret"]])
+def test_keys_go_through_the_environment_and_are_not_written_down(vllm, tmp_path, secret):
+    assert take_secrets(["a", *secret, "--port", "1"]) == (["a", "--port", "1"], {"VLLM_API_KEY": "s3=cret"})
+    assert take_secrets(["--hf-token"]) == ([], {"HF_TOKEN": ""})
+    served = vllm(arguments=("--max-model-len=4096", *secret))
+    assert served.api_key == "s3=cret"
+    assert "s3=cret" not in repr(served)
+    started = json.loads((tmp_path / "started.json").read_text())
+    assert started["env"]["VLLM_API_KEY"] == "s3=cret"
+    assert "s3=cret" not in str(started["argv"])
 
 
 def test_vllm_that_dies_while_starting_is_quoted(vllm):
@@ -266,6 +270,8 @@ def test_a_run_as_typed_takes_gpu_and_vllm_where_they_are(as_typed, tmp_path):
         "Qwen/Qwen3-8B",
     )
     assert manifest["requests"] == {"planned": 10, "sent": 10, "ended": 10}
+    assert manifest["versions"]["nvidia driver"] == "999.1.fake"
+    assert manifest["versions"]["engine vllm"] == "0.32.0"
     started = json.loads((tmp_path / "started.json").read_text())
     assert started["env"]["CUDA_VISIBLE_DEVICES"] == "GPU-fake-0,GPU-fake-1"
     assert sorted((tmp_path / "clocks.log").read_text().splitlines()) == ["0 0", "0 1200", "1 0", "1 1200"]
@@ -318,8 +324,10 @@ def test_a_gpu_that_others_use_is_refused_by_name_and_taken_if_asked(as_typed, t
     assert str(os.getpid()) in Run.open(tmp_path / "run").manifest["gpus_shared_with"][0]
 
 
-def test_what_cannot_serve_is_refused_before_anything_is_changed(as_typed, tmp_path):
+def test_what_cannot_serve_is_refused_before_anything_is_changed(as_typed, plain_server, tmp_path):
     assert "split into instances (MIG)" in refused(as_typed("-o", "run", gpu_mode="mig"), tmp_path)
+    attached = ["--engine", plain_server, "--gpus", "0"]
+    assert "split into instances (MIG)" in refused(as_typed(*attached, "-o", "run", gpu_mode="mig"), tmp_path)
     large = tmp_path / "large"
     large.mkdir()
     shape = {

@@ -140,6 +140,10 @@ static int change(device_t d, const char *format, unsigned value) {
 
 int nvmlInitWithFlags(unsigned flags) { return mode("broken") ? DRIVER_NOT_LOADED : SUCCESS; }
 int nvmlShutdown(void) { return SUCCESS; }
+int nvmlSystemGetDriverVersion(char *text, unsigned size) {
+    snprintf(text, size, "999.1.fake");
+    return mode("old") ? NOT_SUPPORTED : SUCCESS;
+}
 int nvmlDeviceGetCount_v2(unsigned *count) { *count = gpus(); return SUCCESS; }
 int nvmlDeviceGetHandleByIndex_v2(unsigned index, device_t *device) {
     if (index >= gpus()) return INVALID_ARGUMENT;

@@ -281,7 +281,7 @@ def test_a_run_locks_reads_and_gives_the_clocks_back(attached, tmp_path):
         ("denied1", "1200", "needs root or CAP_SYS_ADMIN"),
         ("", "5000", "--freq 5000: GPU 0 supports SM clocks from 210 to 1980 MHz"),
         ("bare", "1200", "GPU 0 lists no supported SM clocks; run without --freq"),
-        ("lost", "1200", "GPU 0: nvmlDeviceSetGpuLockedClocks failed: GPU is lost"),
+        ("lost", "1200", "GPU 0: nvmlDeviceGetMigMode failed: GPU is lost: it fell off the bus"),
         ("none", "1200", "lists no GPU"),
     ],
 )
@@ -353,3 +353,8 @@ def test_a_gpu_that_does_not_exist_is_named(driver, plain_server, make_trace, tm
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1] == "error: GPU 2 does not exist: this host has 2 (--tp 2, --gpus)"
     assert not (tmp_path / "run").exists()
+
+
+def test_the_drivers_version_is_told_where_there_is_one(ask):
+    assert ask("gpus.driver_version()") == "999.1.fake"
+    assert ask("gpus.driver_version()", "old") is None
