@@ -98,13 +98,14 @@ def _counter_curve(gpu: GpuData, duration_s: float) -> tuple[Curve | None, str]:
     if t_s[0] > EDGE_S or t_s[-1] < duration_s - EDGE_S:
         return None, "does not cover the window"
     # The value changed somewhere between two polls: half-way is right on average when the polls are the finer grid.
+    # After a hole in the polls it changed within the last period before the reading, not half-way into the hole.
     poll_s, update_s = float(np.median(np.diff(t_s))), float(np.median(np.diff(t_s[changed])))
     still = _still(t_s, changed, duration_s, max(EDGE_S, STILL_UPDATES * update_s))
     if still:
         return None, still
     seen_s = t_s[changed]
     if update_s > 1.5 * poll_s:
-        seen_s = (t_s[changed] + t_s[changed - 1]) / 2
+        seen_s = t_s[changed] - np.minimum(t_s[changed] - t_s[changed - 1], update_s) / 2
     return Curve("counter", seen_s, e_j[changed]), ""
 
 

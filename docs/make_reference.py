@@ -15,7 +15,8 @@ APPS = {"tracegen": tracegen.cli.app, "replay": replay.cli.app, "analysis": anal
 INTRO = """# Command line
 
 Made from `--help` by `make docs`; do not edit. Every command exits with 0 when it did its work, 2 with one line on
-stderr when something is wrong that you can mend, 130 when you stopped it. Durations are `90s`, `5m`, `1.5h`.
+stderr when something is wrong that you can mend, 1 when a run was written but failed, 130 when you stopped it.
+Durations are `90s`, `5m`, `1.5h`.
 """
 
 

@@ -175,7 +175,7 @@ def run(
         print_json(summary)
     else:
         say("\n".join(lines(summary)))
-        then = "buckets" if summary["energy_j"] is None else "energy"
+        then = "energy" if summary["gpus"] else "buckets"
         say(f"\nwrote {run_dir}; next: analysis {then} {run_dir}")
     if summary["state"] != "complete":
         sys.exit(130 if summary["state"] == "interrupted" else 1)

@@ -47,6 +47,9 @@ class Progress(Protocol):
     def say(self, message: str) -> None:
         """A line that stays."""
 
+    def warn(self, message: str) -> None:
+        """A line that must be seen, with `--quiet` too."""
+
     def status(self, message: str) -> None:
         """A line that the next one replaces."""
 
@@ -108,6 +111,10 @@ class LiveProgress:
         """Print above the table."""
         self._console.print(message)
 
+    def warn(self, message: str) -> None:
+        """Print it above the table."""
+        self.say(f"WARNING: {message}")
+
     def status(self, message: str) -> None:
         """Show `message` in the table's place."""
         self._live.update(message, refresh=True)
@@ -139,6 +146,10 @@ class PlainProgress:
         """Print the line."""
         print(message, file=sys.stderr, flush=True)  # noqa: T201 - this is the console
 
+    def warn(self, message: str) -> None:
+        """Print the line."""
+        self.say(f"WARNING: {message}")
+
     def status(self, message: str) -> None:
         """A passing state is not worth a line in a log, unless it lasts."""
         if now_ns() >= self._next_ns:
@@ -153,7 +164,7 @@ class PlainProgress:
 
 
 class QuietProgress:
-    """Nothing at all."""
+    """Nothing but warnings."""
 
     def __enter__(self) -> Self:
         """Nothing to take."""
@@ -166,6 +177,10 @@ class QuietProgress:
 
     def say(self, message: str) -> None:
         """Say nothing."""
+
+    def warn(self, message: str) -> None:
+        """Print the line."""
+        print(f"WARNING: {message}", file=sys.stderr, flush=True)  # noqa: T201 - this is the console
 
     def status(self, message: str) -> None:
         """Say nothing."""

@@ -2,6 +2,7 @@
 
 import contextlib
 import platform
+import re
 import socket
 import time
 from dataclasses import asdict
@@ -52,7 +53,10 @@ def first_manifest(plan: Plan, run_id: str) -> dict[str, Any]:
 
 def _arguments(options: RunOptions) -> dict[str, Any]:
     """What was asked, without keys and tokens."""
-    shown = asdict(options) | {"vllm_args": take_secrets(options.vllm_args)[0]}
+    shown = asdict(options) | {
+        "vllm_args": take_secrets(options.vllm_args)[0],
+        "engine": re.sub(r"//[^/@]*@", "//***@", options.engine),  # a user and password in the URL
+    }
     del shown["api_key"]
     return {key: str(value) if isinstance(value, Path) else value for key, value in shown.items()}
 

@@ -150,10 +150,24 @@ def _check_for_engine(options: RunOptions, engine: str, *, known_gpus: bool) -> 
         raise ReplayError(
             f"--model {options.model}: the simulated engine serves what its --profile says, {options.profile}"
         )
-    if engine == "url" and options.replicas > 1:
-        raise ReplayError("--replicas with a URL: replay launches replicas itself, with --engine vllm or sim")
-    if options.steps is not None and engine != "url":
+    if engine == "url":
+        _check_for_url(options, known_gpus=known_gpus)
+    elif options.steps is not None:
         raise ReplayError("--steps is where an attached server logs its steps; a launched one is followed by itself")
+    named = options.model or ""
+    if engine == "vllm" and named.startswith(("/", "./", "../", "~")) and not Path(named).expanduser().is_dir():
+        raise ReplayError(f"--model {named}: no such folder")
+
+
+def _check_for_url(options: RunOptions, *, known_gpus: bool) -> None:
+    """Raise `ReplayError` for an option that means nothing to a server that somebody else runs."""
+    for name, given in (
+        ("--vllm-arg", options.vllm_args), ("--vllm-python", options.vllm_python), ("--port", options.port)
+    ):  # fmt: skip
+        if given:
+            raise ReplayError(f"{name} is for a server that replay launches; with a URL it says nothing")
+    if options.replicas > 1:
+        raise ReplayError("--replicas with a URL: replay launches replicas itself, with --engine vllm or sim")
     if options.power.startswith("csv:") and not known_gpus:
         raise ReplayError(f"--power {options.power} needs --gpus: which of the meter's channels are the server's?")
 

@@ -159,6 +159,10 @@ def _check_exists(plan: Plan, known: set[int]) -> None:
     """Raise `GpuError` for a GPU that is not there."""
     missing = [gpu for gpu in plan.gpus if gpu not in known]
     if missing:
+        if plan.options.power != "nvml":
+            raise GpuError(
+                f"--power {plan.options.power} tells of {len(known)} GPUs only, and --gpus names {missing[0]}"
+            )
         asked = f"--tp {plan.tp}" + (f" --replicas {plan.options.replicas}" if plan.options.replicas > 1 else "")
         raise GpuError(f"GPU {missing[0]} does not exist: this host has {len(known)} ({asked}, --gpus)")
 
@@ -172,9 +176,10 @@ def _check_settings(plan: Plan, prepared: Prepared, gpus: Gpus, progress: Progre
     if plan.engine == "vllm":
         needs = None if plan.weights_mib is None else plan.weights_mib / plan.tp
         warnings = check_free(gpus, plan.gpus, options.allow_busy, needs)
-        prepared.manifest["gpus_shared_with"] = warnings
+        if warnings:
+            prepared.manifest["gpus_shared_with"] = warnings
         for warning in warnings:
-            progress.say(f"WARNING: {warning}")
+            progress.warn(warning)
     if options.freq_mhz is not None:
         prepared.locked_mhz = nearest_clock(gpus, plan.gpus, options.freq_mhz)
         if prepared.locked_mhz != options.freq_mhz:
@@ -215,16 +220,28 @@ async def _follow_steps(plan: Plan, prepared: Prepared, stack: AsyncExitStack, p
         reasons.append("the server was not asked for them; see 'replay vllm-args'")
     for number, engine in enumerate(prepared.engines):
         if engine.step_log is not None:
-            follower = StepFollower(engine.step_log, plan.run_dir, number, since_ns)
+            follower = StepFollower(engine.step_log, plan.run_dir, number, since_ns, run_prefix(prepared.manifest))
             prepared.followers.append(await stack.enter_async_context(follower))
             if follower.error is not None:
                 if plan.options.steps is not None:
                     raise ReplayError(f"--steps {follower.error}")
                 mine = "vLLM's step recorder wrote no log, see server.log"
                 reasons.append(mine if not any(engine.step_log.glob("*")) else follower.error)
+                continue
+            found = follower.summary["engine"]["tensor_parallel_size"]
+            if found != plan.tp:
+                raise ReplayError(f"the server runs with tensor parallel size {found}, --tp or --gpus say {plan.tp}")
     if reasons:
         prepared.manifest["no_steps"] = reasons[0]
         progress.say(f"no engine steps: {reasons[0]}; who was in the engine when is told from client times")
+
+
+def run_prefix(manifest: dict[str, Any]) -> str:
+    """What the ids of this run's requests begin with on a server whose steps are recorded.
+
+    There others may send requests too, and number them alike.
+    """
+    return str(manifest["run_id"][:8])
 
 
 async def settle(plan: Plan, prepared: Prepared, progress: Progress, salt: int) -> None:
@@ -240,6 +257,8 @@ async def settle(plan: Plan, prepared: Prepared, progress: Progress, salt: int) 
             "idle power is not measured (--idle 0): energy can be attributed only if the run has idle stretches"
         )
     await measure_idle(plan, prepared, progress, "before")
+    if not all(engine.alive() for engine in prepared.engines):
+        raise ReplayError("the server ended before the first request was sent")
 
 
 async def measure_idle(plan: Plan, prepared: Prepared, progress: Progress, when: str) -> None:

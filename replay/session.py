@@ -29,7 +29,7 @@ from replay.live import Progress
 from replay.manifest import anchor, first_manifest
 from replay.metrics import scrape
 from replay.plan import Plan, RunOptions, fit_lengths, make_plan, route
-from replay.prepare import Prepared, clear_step_logs, measure_idle, prepare, settle
+from replay.prepare import Prepared, clear_step_logs, measure_idle, prepare, run_prefix, settle
 from replay.prompts import completion_body, prompt_ids
 from replay.records import RecordStore
 from replay.rundir import MANIFEST, write_manifest
@@ -72,7 +72,7 @@ async def run(options: RunOptions, progress: Progress) -> Path:
     if plan.engine == "sim":
         progress.say(f"SIMULATED: {plan.why_engine}; power, step times and GPUs come from profile {options.profile}")
     else:
-        progress.say(f"engine: {plan.engine} ({plan.why_engine})")
+        progress.say(f"engine: {plan.engine} ({plan.why_engine}){_takes(plan)}")
     made = _claim(plan.run_dir)
     write_manifest(plan.run_dir, state.manifest)
     started = False
@@ -147,6 +147,7 @@ def _signals(state: _State, progress: Progress) -> Any:
             progress.__exit__(None, None, None)  # the terminal gets its cursor back
             os._exit(_EXIT_INTERRUPTED)
         state.interrupted = True
+        progress.say("stopping in order; Ctrl-C again ends at once")
         if state.cancel is not None:
             state.cancel.cancel()
 
@@ -158,6 +159,14 @@ def _signals(state: _State, progress: Progress) -> Any:
     finally:
         for number in numbers:
             loop.remove_signal_handler(number)
+
+
+def _takes(plan: Plan) -> str:
+    """What the run takes, for the first line."""
+    model = f"; {plan.model}" if plan.model else ""
+    gpus = f"; TP {plan.tp} on GPUs {','.join(map(str, plan.gpus))}" if plan.gpus else ""
+    clock = f"; {plan.options.freq_mhz} MHz" if plan.options.freq_mhz else "; clocks as they are"
+    return model + gpus + (clock if plan.gpus else "")
 
 
 def _salt(state: _State) -> int:
@@ -183,11 +192,14 @@ def _end_of_helpers(plan: Plan, state: _State, progress: Progress) -> None:
     for entry, follower in zip(instances, state.prepared.followers, strict=False):
         if follower.error is None:
             entry["recorder"] = follower.summary
+        elif "no_steps" not in state.manifest:
+            state.manifest["no_steps"] = follower.error
+            progress.warn(f"engine steps are not whole: {follower.error}")
     clear_step_logs(plan.run_dir)
     settings = state.prepared.settings
     if settings is not None and settings.not_restored is not None:
         state.manifest["not_restored"] = settings.not_restored
-        progress.say(f"WARNING: {settings.not_restored}; see 'replay clocks show' and 'replay clocks reset'")
+        progress.warn(f"{settings.not_restored}; see 'replay clocks show' and 'replay clocks reset'")
 
 
 async def _measure(plan: Plan, state: _State, progress: Progress) -> None:
@@ -229,10 +241,13 @@ async def _measure(plan: Plan, state: _State, progress: Progress) -> None:
     whole = not (state.interrupted or state.engine_died or state.failure)
     ended = {
         "state": "finishing" if whole else "interrupted" if state.interrupted else "failed",
-        "measure_end_ns": now_ns(),
+        "measure_end_ns": max(now_ns(), epoch_ns + 1),
         "requests": {"planned": state.trace.height, "sent": store.sent, "ended": store.ended},
     }
     state.manifest.update(ended)
+    if state.engine_died:
+        state.manifest["failure"] = "the server ended while requests were sent; see server.log"
+        progress.warn(state.manifest["failure"])
     state.manifest["clock_anchors"].append(anchor())
     write_manifest(plan.run_dir, state.manifest)
     state.cancel = None
@@ -258,6 +273,7 @@ async def _send_all(
     salt, instances = _salt(state), route(state.trace, len(served))
     clients = [CompletionsClient(session, server.base_url, options.request_timeout_s) for server in served]
     caps = Caps(options.max_concurrency, options.max_rate_rps)
+    prefix = run_prefix(state.manifest) if state.prepared.followers else ""
 
     def prepare_body(i: int) -> bytes:
         row = rows[i]
@@ -272,7 +288,7 @@ async def _send_all(
         try:
             async with caps.open():
                 store.start(record)
-                await clients[instances[i]].send(record, body)
+                await clients[instances[i]].send(record, body, f"{prefix}-{record.request_id}" if prefix else None)
         finally:
             store.end(record)
 

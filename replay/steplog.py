@@ -23,7 +23,7 @@ import numpy as np
 
 from replay.child import Child
 from replay.clock import NS_PER_S, now_ns
-from replay.steps import Kind, Part, StepWriter, totals
+from replay.steps import Kind, Part, StepWriter, part_prefix, totals
 from tracegen.errors import ReplayError, WattraceError
 
 FORMAT = 1  # of the log
@@ -31,8 +31,9 @@ _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _POLL_S = 0.2
 _FLUSH_NS = NS_PER_S
 _LENGTH = struct.Struct("<I")
-# What vLLM makes of the header `X-Request-Id: 17`: the prompt's number and, in the engine, a random suffix follow.
-_OURS = re.compile(r"cmpl-(\d+)-\d+(?:-[0-9a-f]+)?")
+# What vLLM makes of the header `X-Request-Id: 3f2a9c1d-17` (run, request): the prompt's number and, in the engine, a
+# random suffix follow.
+_ENGINE_ID = r"cmpl-{run}-(\d+)-\d+(?:-[0-9a-f]+)?"
 _LARGEST_ID = 2**64 - 1
 
 
@@ -82,7 +83,10 @@ class StepLogReader:
             if len(data) - at - _LENGTH.size < length:
                 break
             at += _LENGTH.size
-            yield msgspec.msgpack.decode(data[at : at + length])
+            try:
+                yield msgspec.msgpack.decode(data[at : at + length])
+            except msgspec.DecodeError:
+                raise ReplayError(f"{self._path}: is no step log, or it is damaged") from None
             at += length
         self._rest = data[at:]
 
@@ -98,9 +102,10 @@ class _Request:
 class StepLogDecoder:
     """Turns frames into rows of the run directory."""
 
-    def __init__(self, writer: StepWriter, since_ns: int) -> None:
-        """Steps that ended before `since_ns` are left out, and requests that began in them are not ours."""
+    def __init__(self, writer: StepWriter, since_ns: int, run: str) -> None:
+        """Steps that ended before `since_ns` are left out; requests are ours whose ids begin with `run`."""
         self._writer, self._since_ns = writer, since_ns
+        self._ours = re.compile(_ENGINE_ID.format(run=re.escape(run)))
         self._requests: dict[int, _Request] = {}
         self._engine_ids: dict[int, str] = {}  # by request id
         self._step: tuple[list[int], list[int], list[int]] = ([], [], [])
@@ -156,9 +161,9 @@ class StepLogDecoder:
         if (known := self._requests.get(number)) is not None:  # goes on after a preemption
             known.prefill_until = until
             return
-        match = _OURS.fullmatch(engine_id)
+        match = self._ours.fullmatch(engine_id)
         request_id = int(match[1]) if ours and match and int(match[1]) <= _LARGEST_ID else None
-        # Somebody else may number requests too: the first is ours, for nobody sends one twice.
+        # Whoever sends one of our ids again is not us.
         if request_id is not None and self._engine_ids.setdefault(request_id, engine_id) != engine_id:
             request_id = None
         self._requests[number] = _Request(request_id, until)
@@ -191,9 +196,11 @@ def summary(decoder: StepLogDecoder) -> dict[str, Any]:
 class StepFollower:
     """Writes an engine's steps into the run directory while this async context lasts."""
 
-    def __init__(self, folder: Path, run_dir: Path, instance: int, since_ns: int) -> None:
-        """`folder` is what WATTRACE_STEPS named when vLLM was started."""
-        self._child = Child("replay.steplog", folder, run_dir, instance, since_ns)
+    def __init__(self, folder: Path, run_dir: Path, instance: int, since_ns: int, run: str) -> None:
+        """`folder` is what WATTRACE_STEPS named when vLLM was started; `run` is what our requests' ids begin with."""
+        self._run_dir, self._instance = run_dir, instance
+        self._arguments = (folder, run_dir, instance, since_ns, run)
+        self._child = Child("replay.steplog", *self._arguments)
         self.summary: dict[str, Any] = {}
         self.error: str | None = None  # why there are no steps
 
@@ -203,8 +210,19 @@ class StepFollower:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        """Read to the log's end; all steps are written when this returns."""
-        for message in await self._child.stop():
+        """Read to the log's end; all steps are written when this returns.
+
+        The log is still there should the process have been killed: then it is read anew.
+        """
+        last = await self._child.stop()
+        if not last and self.error is None:
+            for table in ("steps", "segments"):
+                for part in (self._run_dir / f"{table}.parquet").glob(f"{part_prefix(self._instance)}-*"):
+                    part.unlink()
+            self._child = Child("replay.steplog", *self._arguments)
+            await self._child.start()
+            last = await self._child.stop()
+        for message in last or [{"error": "the process that follows the steps was killed"}]:
             self._take(message)
 
     def _take(self, message: dict[str, Any]) -> None:
@@ -212,14 +230,16 @@ class StepFollower:
         self.summary |= message
 
 
-def follow(folder: Path, run_dir: Path, instance: int, since_ns: int) -> None:
+def follow(folder: Path, run_dir: Path, instance: int, since_ns: int, run: str) -> None:
     """Write steps as they come until stdin closes, then what is left."""
     reader = StepLogReader(folder)
     writer = StepWriter(run_dir, instance)
-    decoder = StepLogDecoder(writer, since_ns)
+    decoder = StepLogDecoder(writer, since_ns, run)
     _feed(decoder, reader)
     if decoder.failed is not None and not decoder.cost_ns:
         raise ReplayError(decoder.failed)
+    if decoder.settings is None:
+        raise ReplayError(f"{folder}: its newest *.steps file is no step log; is this the folder given to vLLM?")
     _say(summary(decoder))
     next_flush_ns = now_ns() + _FLUSH_NS
     open_ = True
@@ -251,9 +271,9 @@ def _say(message: dict[str, Any]) -> None:
 def _main(argv: list[str]) -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # stdin tells
-    folder, run_dir, instance, since_ns = argv
+    folder, run_dir, instance, since_ns, run = argv
     try:
-        follow(Path(folder), Path(run_dir), int(instance), int(since_ns))
+        follow(Path(folder), Path(run_dir), int(instance), int(since_ns), run)
     except WattraceError as error:
         _say({"error": str(error)})
 

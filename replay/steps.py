@@ -80,6 +80,11 @@ class Rows(NamedTuple):
     segments: list[_Segment]
 
 
+def part_prefix(instance: int) -> str:
+    """How the parts of `instance` are called, so that several engines share a table."""
+    return f"engine{instance:03d}"
+
+
 class StepWriter:
     """Collects the steps of one engine instance and writes them to its run directory."""
 
@@ -89,7 +94,7 @@ class StepWriter:
         `extra`: columns of this engine's own. Raises `ReplayError` when `run_dir` cannot be written, or has steps of
         this instance already: they would be written over.
         """
-        prefix = f"engine{instance:03d}"
+        prefix = part_prefix(instance)
         if any(run_dir.glob(f"steps.parquet/{prefix}-*")):
             raise ReplayError(f"{run_dir} already has steps of instance {instance}; record into another directory")
         self._instance = instance

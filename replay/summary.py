@@ -3,12 +3,13 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import polars as pl
 
 from replay.clock import NS_PER_MS, NS_PER_S
 from replay.rundir import Run
 
-_EDGE_NS = NS_PER_S  # what a counter may miss at either edge of the window
+_EDGE_NS = NS_PER_S // 5  # what a counter may miss at either edge of the window
 
 
 def summarize(run_dir: Path) -> dict[str, Any]:
@@ -57,15 +58,16 @@ def _percentiles(ns: pl.Series) -> dict[str, float] | None:
 
 
 def _counter_j(run: Run, gpus: list[int], start_ns: int, end_ns: int) -> tuple[float | None, str | None]:
-    """What the energy counters of `gpus` gained between the readings nearest inside the window, or why it is unknown.
+    """What the energy counters of `gpus` gained from `start_ns` to `end_ns`, or why it is unknown.
 
-    A counter that fell back, or of which the readings end early, tells nothing of the whole window.
+    Readings before and after the window count too: between two readings a counter is taken as steady. A counter that
+    fell back, or of which the readings do not reach the window's edges, tells nothing of the whole window.
     """
     if not gpus or not run.has("power"):
         return None, "no power was read"
-    within = pl.col("gpu").is_in(gpus) & pl.col("t_ns").is_between(start_ns, end_ns) & pl.col("energy_mj").is_not_null()
-    readings = run.scan("power").filter(within).select("gpu", "t_ns", "energy_mj").sort("t_ns").collect()
-    gained_mj = 0
+    known = pl.col("gpu").is_in(gpus) & pl.col("energy_mj").is_not_null()
+    readings = run.scan("power").filter(known).select("gpu", "t_ns", "energy_mj").sort("t_ns").collect()
+    gained_mj = 0.0
     for gpu in gpus:
         t_ns, counter_mj = readings.filter(pl.col("gpu") == gpu).select("t_ns", pl.col("energy_mj").cast(pl.Int64))
         if len(t_ns) < 2:
@@ -76,10 +78,12 @@ def _counter_j(run: Run, gpus: list[int], start_ns: int, end_ns: int) -> tuple[f
                 None,
                 f"the energy counter of GPU {gpu} was read from {since_s:.1f} s to {until_s:.1f} s of the run only",
             )
-        if (counter_mj.diff() < 0).any():
+        around = t_ns.is_between(start_ns - NS_PER_S, end_ns + NS_PER_S)
+        if (counter_mj.filter(around).diff() < 0).any():
             return None, f"the energy counter of GPU {gpu} fell back (wrap-around or reset)"
-        gained_mj += counter_mj[-1] - counter_mj[0]
-    return gained_mj / 1e3, None
+        start_mj, end_mj = np.interp([start_ns, end_ns], t_ns.to_numpy(), counter_mj.to_numpy())
+        gained_mj += end_mj - start_mj
+    return float(gained_mj) / 1e3, None
 
 
 def lines(summary: dict[str, Any]) -> list[str]:

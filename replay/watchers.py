@@ -104,11 +104,11 @@ async def warn_of_gpus(
             lost, clock_mhz = status.lost.get(gpu), status.clocks_mhz.get(gpu)
             if lost is not None and f"lost {gpu}" not in said:
                 said.add(f"lost {gpu}")
-                progress.say(f"WARNING: GPU {gpu} cannot be read any more: {lost}")
+                progress.warn(f"GPU {gpu} cannot be read any more: {lost}")
             held = locked_mhz is None or clock_mhz is None or abs(clock_mhz - locked_mhz) <= CLOCK_TOLERANCE_MHZ
             off[gpu] = 0 if held else off.get(gpu, 0) + 1
             if off[gpu] >= _OFF_STATUSES and f"clock {gpu}" not in said:
                 said.add(f"clock {gpu}")
                 why = ", ".join(throttle_reasons(status.throttle_reasons.get(gpu))) or "no reason given"
-                progress.say(f"WARNING: GPU {gpu} runs at {clock_mhz} MHz, not at the locked {locked_mhz} MHz ({why})")
+                progress.warn(f"GPU {gpu} runs at {clock_mhz} MHz, not at the locked {locked_mhz} MHz ({why})")
         await asyncio.sleep(_STATUS_S)

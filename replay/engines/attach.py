@@ -21,7 +21,8 @@ async def ask_models(base_url: str, model: str | None, timeout_s: float, api_key
             session.get(f"{base_url}/v1/models") as answer,
         ):
             if answer.status in {401, 403}:
-                raise ReplayError(f"{base_url} wants an API key (HTTP {answer.status}); set OPENAI_API_KEY")
+                what = "wants an API key" if api_key is None else "refuses the API key"
+                raise ReplayError(f"{base_url} {what} (HTTP {answer.status}); set OPENAI_API_KEY")
             if answer.status != 200:
                 raise ReplayError(
                     f"{base_url}/v1/models answers HTTP {answer.status}; is this an OpenAI-compatible server?"

@@ -43,7 +43,7 @@ _OWN = {  # arguments that replay gives itself, and how to ask for them
     "-dp": "use --replicas",
     "--pipeline-parallel-size": "pipeline parallelism is not supported",
     "-pp": "pipeline parallelism is not supported",
-    "--scheduler-cls": "use --no-record-steps with 'vllm serve' of your own and --engine URL",
+    "--scheduler-cls": "start 'vllm serve' with yours by hand and attach to it with --engine URL",
 }
 _SECRETS = {"--api-key": "VLLM_API_KEY", "--hf-token": "HF_TOKEN"}
 
@@ -132,8 +132,13 @@ def check_arguments(arguments: Sequence[str]) -> None:
     """Raise `ReplayError` for an argument of `vllm serve` that replay gives itself."""
     for argument in arguments:
         name = argument.partition("=")[0]
-        if (why := _OWN.get(name.replace("_", "-"))) is not None:
-            raise ReplayError(f"--vllm-arg {argument}: replay sets {name} itself; {why}")
+        if name.startswith("-") and len(name.split()) > 1:
+            first = name.split()[0]
+            raise ReplayError(f"--vllm-arg '{first} ...': two words in one; give --vllm-arg={first}=VALUE")
+        # vLLM's parser takes unique beginnings of an option for the option.
+        own = next((o for o in _OWN if o == name or (len(name) > 4 and o.startswith(name.replace("_", "-")))), None)
+        if own is not None:
+            raise ReplayError(f"--vllm-arg {argument}: replay sets {own} itself; {_OWN[own]}")
 
 
 def take_secrets(arguments: Sequence[str]) -> tuple[list[str], dict[str, str]]:
@@ -145,7 +150,11 @@ def take_secrets(arguments: Sequence[str]) -> tuple[list[str], dict[str, str]]:
     words = iter(arguments)
     for word in words:
         name, given, value = word.partition("=")
-        if (variable := _SECRETS.get(name)) is None:
+        # vLLM's parser takes unique beginnings of an option for the option.
+        variable = next(
+            (v for o, v in _SECRETS.items() if len(name) > 5 and o.startswith(name.replace("_", "-"))), None
+        )
+        if variable is None:
             rest.append(word)
         else:
             secrets[variable] = value if given else next(words, "")

@@ -9,12 +9,13 @@ restoring the limit that was there before. Should that process itself be killed 
 until `replay clocks reset`.
 """
 
+import asyncio
 import json
 import os
 import select
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from typing import Self
 
@@ -61,6 +62,8 @@ class GpuSettings:
     ) -> None:
         """`spec` as for `open_gpus`; `mhz` a supported clock; None leaves clock or cap as they are."""
         wanted = json.dumps({"indices": [*indices], "mhz": mhz, "power_cap_w": power_cap_w})
+        self._spec, self._indices, self._mhz = spec, [*indices], mhz
+        self._limits_w: dict[int, float] = {}  # those that were there before
         self._holder = Child("replay.gpu.settings", spec, wanted)
         self.not_restored: str | None = None  # afterwards: what could not be given back, and why
 
@@ -70,12 +73,33 @@ class GpuSettings:
         if "error" in answer:
             await self._holder.stop()
             raise GpuError(answer["error"])
+        self._limits_w = {int(gpu): watts for gpu, watts in answer["limits_w"].items()}
         return self
 
     async def __aexit__(self, *_: object) -> None:
         """Restore, and wait until it is done. What a lost GPU refuses is in `not_restored`: it spoils no run."""
         words = await self._holder.stop()
         self.not_restored = next((word["error"] for word in words if "error" in word), None)
+        if self._holder.process is not None and self._holder.process.returncode:  # killed: nobody has restored
+            self.not_restored = await asyncio.to_thread(restore, self._spec, self._indices, self._mhz, self._limits_w)
+
+
+def restore(spec: str, indices: Sequence[int], mhz: int | None, limits_w: Mapping[int, float]) -> str | None:
+    """Unlock clocks, if `mhz` was locked, and set power limits to `limits_w`; what was refused, None: nothing."""
+    refused = []
+    gpus = open_gpus(spec)
+    try:
+        for gpu in indices:
+            try:
+                if mhz is not None:
+                    gpus.unlock_clock(gpu)
+                if gpu in limits_w:
+                    gpus.set_power_limit(gpu, limits_w[gpu])
+            except GpuError as error:
+                refused.append(f"GPU {gpu} is not given back: {error}")
+    finally:
+        gpus.close()
+    return "; ".join(refused) or None
 
 
 def hold(
@@ -87,10 +111,11 @@ def hold(
     try:
         if power_cap_w is not None:
             check_power_cap(gpus, indices, power_cap_w)
+        limits_w = {gpu: gpus.state(gpu).power_limit_w for gpu in indices} if power_cap_w is not None else {}
         with ExitStack() as settings:
             for gpu in indices:
                 _set(gpus, gpu, mhz, power_cap_w, settings, refused)
-            _say({"mhz": mhz, "power_cap_w": power_cap_w})
+            _say({"mhz": mhz, "power_cap_w": power_cap_w, "limits_w": limits_w})
             wait()
     except GpuError as error:
         refused.insert(0, str(error))
@@ -105,7 +130,7 @@ def _set(
 ) -> None:
     """Set clock and cap of `gpu`; `settings` gives each back, and notes in `refused` where that failed."""
 
-    def restore(what: str, function: Callable[..., None], *arguments: float) -> None:
+    def give_back(what: str, function: Callable[..., None], *arguments: float) -> None:
         try:
             function(gpu, *arguments)
         except GpuError as error:  # one that refuses does not keep the others set
@@ -113,12 +138,12 @@ def _set(
 
     if mhz is not None:
         gpus.lock_clock(gpu, mhz)
-        settings.callback(restore, "the clock", gpus.unlock_clock)
+        settings.callback(give_back, "the clock", gpus.unlock_clock)
     if power_cap_w is not None:
         before_w = gpus.state(gpu).power_limit_w
         assert before_w is not None  # or check_power_cap had refused
         gpus.set_power_limit(gpu, power_cap_w)
-        settings.callback(restore, "the power limit", gpus.set_power_limit, before_w)
+        settings.callback(give_back, "the power limit", gpus.set_power_limit, before_w)
 
 
 def _say(answer: dict[str, object]) -> None:

@@ -156,3 +156,22 @@ def test_a_counter_read_at_any_phase_is_off_by_less_than_one_update(watts, phase
     bound_j = 0.15 * max(watts)
     assert np.all(np.abs(line.curve.at(times) - line.curve.at(times[:1]) - true_j + true_j[0]) <= 2 * bound_j)
     assert np.all(np.diff(line.curve.at(times)) >= 0)
+
+
+@pytest.mark.parametrize("hole", [(9.1, 10.0), (5.0, 9.95), (0.05, 0.9), (4.0, 5.5)])
+def test_a_hole_in_the_polls_counts_once(hole):
+    """A counter of 100 W that updates every 0.1 s, polled every 23 ms but for the hole."""
+    polls_s = np.arange(-0.5, 10.0, 0.023)
+    polls_s = np.append(polls_s[(polls_s < hole[0]) | (polls_s > hole[1])], 10.0)
+    counter_j = 100.0 * np.floor((polls_s + 1.0) * 10) / 10
+    line = timeline(gpu(polls_s, counter_j=counter_j), 10.0)
+    assert line.curve.source == "counter" or line.why is not None
+    assert line.curve.between(0, 10) == pytest.approx(1000.0, abs=11.0), "one update at either end"
+
+
+def test_a_hole_moves_no_energy_in_time():
+    polls_s = np.append(np.arange(-0.5, 5.0, 0.023), np.arange(5.9, 11.0, 0.023))
+    counter_j = 100.0 * np.floor((polls_s + 1.0) * 10) / 10
+    curve = timeline(gpu(polls_s, counter_j=counter_j), 10.0).curve
+    for a, b in ((0, 4), (4, 5), (5, 6), (6, 10), (5.2, 5.8)):
+        assert curve.between(a, b) == pytest.approx(100.0 * (b - a), abs=11.0)

@@ -203,15 +203,18 @@ def test_versions_that_the_recorder_does_not_know():
 
 
 @pytest.mark.parametrize(
-    "argument", ["--port=1", "--tensor-parallel-size", "--data_parallel_size=2", "--scheduler-cls"]
+    "argument", ["--port=1", "--tensor-parallel-size", "--tensor-para=2", "--data_parallel_size=2", "--scheduler-cls"]
 )
 def test_arguments_that_replay_gives_itself_are_refused(argument):
     with pytest.raises(ReplayError, match=f"--vllm-arg {argument}: replay sets .* itself; "):
         check_arguments(["--max-model-len=9", argument])
-    check_arguments(["--max-model-len=9", "--portable"])
+    check_arguments(["--max-model-len=9", "--portable", "--tokenizer", "x y"])
+    with pytest.raises(ReplayError, match=r"--vllm-arg '--api-key ...': two words in one") as caught:
+        check_arguments(["--api-key s3cret"])
+    assert "s3cret" not in str(caught.value)
 
 
-@pytest.mark.parametrize("secret", [["--api-key=s3=cret"], ["--api-key", "s3=cret"]])
+@pytest.mark.parametrize("secret", [["--api-key=s3=cret"], ["--api-key", "s3=cret"], ["--api-k=s3=cret"]])
 def test_keys_go_through_the_environment_and_are_not_written_down(vllm, tmp_path, secret):
     assert take_secrets(["a", *secret, "--port", "1"]) == (["a", "--port", "1"], {"VLLM_API_KEY": "s3=cret"})
     assert take_secrets(["--hf-token"]) == ([], {"HF_TOKEN": ""})
@@ -259,7 +262,8 @@ def as_typed(driver, vllm_package, make_trace, tmp_path):
 def test_a_run_as_typed_takes_gpu_and_vllm_where_they_are(as_typed, tmp_path):
     done = as_typed("--tp", "2", "--freq", "1200", "--idle", "700ms")
     assert done.returncode == 0, done.stderr
-    assert done.stderr.startswith("engine: vllm (GPU and vLLM found)\n")
+    first = done.stderr.splitlines()[0]
+    assert first == "engine: vllm (GPU and vLLM found); Qwen/Qwen3-8B; TP 2 on GPUs 0,1; 1200 MHz"
     (folder,) = (tmp_path / "runs").iterdir()
     assert folder.name.startswith("trace-vllm-tp2-1200MHz-")
     assert f"wrote runs/{folder.name}" in done.stdout

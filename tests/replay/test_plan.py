@@ -52,6 +52,8 @@ class Driver:
         ({"replicas": 0}, "--replicas 0: must be above 0"),
         ({"replicas": 2, "tp": 2, "gpus": (0, 1)}, "--tp 2 and --replicas 2 need 4 GPUs, but --gpus names 2"),
         ({"engine": URL, "replicas": 2}, "--replicas with a URL"),
+        ({"engine": URL, "vllm_args": ("--seed=1",)}, "--vllm-arg is for a server that replay launches"),
+        ({"engine": URL, "port": 8000}, "--port is for a server that replay launches"),
         ({"power_cap_w": 300.0}, "--power-cap: the simulated GPUs' cap is in their --profile"),
         ({"engine": URL, "power_cap_w": 300.0}, "--power-cap with a URL needs --gpus"),
         ({"power_cap_w": 0.0}, "--power-cap 0: must be above 0"),

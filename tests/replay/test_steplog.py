@@ -1,7 +1,9 @@
 """From the recorder inside an engine to steps and segments: nothing lost, nothing of others taken for ours."""
 
+import asyncio
 import json
 import os
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -13,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from replay.rundir import scan_table
-from replay.steplog import StepLogDecoder, StepLogReader, summary
+from replay.steplog import StepFollower, StepLogDecoder, StepLogReader, summary
 from replay.steps import StepWriter
 from replay.vllm_ext import wattrace_steps
 from replay.vllm_ext.wattrace_steps import StepLog, record, unsupported
@@ -76,10 +78,13 @@ def engine(tmp_path):
     return engine
 
 
+RUN = "0a1b2c3d"
+
+
 def decode(log, run_dir, since_ns=0):
     """The log in tables: (steps, segments, decoder)."""
     writer = StepWriter(run_dir, 0)
-    decoder = StepLogDecoder(writer, since_ns)
+    decoder = StepLogDecoder(writer, since_ns, RUN)
     for frame in StepLogReader(log).frames():
         decoder.feed(frame)
     writer.write(writer.take())
@@ -97,7 +102,7 @@ def parts(segments, steps):
 
 
 def name(i):
-    return f"cmpl-{i}-0-{i:08x}"
+    return f"cmpl-{RUN}-{i}-0-{i:08x}"
 
 
 @settings(max_examples=60, deadline=None)
@@ -133,7 +138,7 @@ def test_any_sequence_of_steps_comes_out_as_it_went_in(tmp_path_factory, data):
     if not engine.truth:
         return
     steps, segments, decoder = decode(folder / "log", folder)
-    expected = [{int(i.split("-")[1]): part for i, part in step.items()} for step in engine.truth]
+    expected = [{int(i.split("-")[2]): part for i, part in step.items()} for step in engine.truth]
     assert parts(segments, steps) == expected
     assert (decoder.missing, decoder.failed) == (0, None)
     assert steps["requests"].to_list() == [len(step) for step in expected]
@@ -167,11 +172,11 @@ def test_undisturbed_decoding_is_one_row_and_few_bytes(engine, tmp_path):
 
 
 def test_only_our_numbers_are_ours(engine, tmp_path):
-    """Warm-ups, other clients' ids, a number too large for the column, and a second request of one number."""
+    """Warm-ups, other clients' and other runs' ids, a number too large for the column, an id sent twice."""
     ids = {
-        "cmpl-warmup-0-0-0a0b0c0d": None, "chatcmpl-5-0-0a0b0c0d": None, "cmpl-0f3a-0-11223344": None,
-        f"cmpl-{2**64}-0-11223344": None, f"cmpl-{2**64 - 1}-0-11223344": 2**64 - 1, "cmpl-5-0": 5,
-        "cmpl-5-0-99999999": None,
+        "cmpl-warmup-0-0-0a0b0c0d": None, f"chatcmpl-{RUN}-5-0-0a0b0c0d": None, "cmpl-5-0-11223344": None,
+        "cmpl-ffffffff-5-0-11223344": None, f"cmpl-{RUN}-{2**64}-0-11223344": None,
+        f"cmpl-{RUN}-{2**64 - 1}-0-11223344": 2**64 - 1, f"cmpl-{RUN}-5-0": 5, f"cmpl-{RUN}-5-0-99999999": None,
     }  # fmt: skip
     for step, i in enumerate(ids):
         engine.add(i, step + 1)
@@ -233,7 +238,7 @@ def test_old_files_go_and_a_reader_that_missed_them_says_so(tmp_path, monkeypatc
 
 
 def test_steps_that_are_missing_leave_a_gap(tmp_path):
-    decoder = StepLogDecoder(StepWriter(tmp_path, 0), 0)
+    decoder = StepLogDecoder(StepWriter(tmp_path, 0), 0, RUN)
     step = [0, 10, 20, 0, 0.5, 1000, [[0], [4], [0]], [[0, name(3), 4]], []]
     decoder.feed(step)
     decoder.feed([3, 30, 40, 0, 0.5, 1000, [[0], [1], [4]], [], []])
@@ -291,7 +296,7 @@ def test_a_log_that_cannot_be_read_rightly_is_refused(tmp_path, header, message)
 
 
 def follow(log, run_dir):
-    argv = [sys.executable, "-m", "replay.steplog", str(log), str(run_dir), "4", "0"]
+    argv = [sys.executable, "-m", "replay.steplog", str(log), str(run_dir), "4", "0", RUN]
     return subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
@@ -323,3 +328,34 @@ def test_the_follower_says_why_there_is_nothing_to_follow(tmp_path):
         assert json.loads(process.stdout.readline()) == {"error": "vLLM 9.9 is newer"}
         process.stdin.close()
         process.wait(20)
+
+
+def test_what_is_no_log_is_refused(tmp_path):
+    for content, message in ((bytes(200), "is no step log"), (b"", "its newest .* file is no step log")):
+        folder = tmp_path / str(len(content))
+        folder.mkdir()
+        (folder / "a-1-000000.steps").write_bytes(content)
+        with follow(folder, tmp_path) as process:
+            said = json.loads(process.stdout.readline())
+            process.stdin.close()
+            process.wait(20)
+        assert re.search(message, said["error"]), said
+
+
+def test_a_follower_that_is_killed_is_made_up_for(engine, tmp_path, until):
+    engine.add(name(1), 3)
+    engine.step({name(1): 3})
+
+    async def main():
+        async with StepFollower(tmp_path / "log", tmp_path, 4, 0, RUN) as follower:
+            while not list(tmp_path.glob("steps.parquet/*-*.parquet")):
+                await asyncio.sleep(0.05)
+            follower._child.process.kill()
+            await asyncio.sleep(0.2)
+            engine.step({name(1): 1})
+        return follower
+
+    follower = asyncio.run(main())
+    assert (follower.error, follower.summary["steps"]) == (None, 2)
+    assert scan_table(tmp_path, "steps").collect()["step"].to_list() == [0, 1]
+    assert scan_table(tmp_path, "segments").collect().height == 2

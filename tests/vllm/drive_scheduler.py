@@ -77,8 +77,8 @@ def drive(settings):
         prompt = (shared if rng.random() < 0.4 else []) + [rng.randrange(2000) for _ in range(rng.randint(1, 150))]
         sampling = SamplingParams(max_tokens=rng.randint(1, 60), ignore_eos=True)
         request = Request(
-            request_id=f"cmpl-{i}-0-{i:08x}", prompt_token_ids=prompt, sampling_params=sampling, pooling_params=None,
-            block_hasher=hasher,
+            request_id=f"cmpl-0a1b2c3d-{i}-0-{i:08x}", prompt_token_ids=prompt, sampling_params=sampling,
+            pooling_params=None, block_hasher=hasher,
         )  # fmt: skip
         requests[request.request_id] = request
         waiting.append((rng.randint(0, 60), request))

@@ -48,7 +48,7 @@ def test_what_is_recorded_is_what_a_worker_computes(driven, tmp_path, settings):
     asynchronous, drafts, blocks = settings["asynchronous"], settings["drafts"], settings["blocks"]
     truth = json.loads((driven / f"{settings['name']}.json").read_text())
     writer = StepWriter(tmp_path, 0)
-    decoder = StepLogDecoder(writer, 0)
+    decoder = StepLogDecoder(writer, 0, "0a1b2c3d")
     for frame in StepLogReader(driven / settings["name"]).frames():
         decoder.feed(frame)
     assert decoder.failed is None
@@ -60,11 +60,11 @@ def test_what_is_recorded_is_what_a_worker_computes(driven, tmp_path, settings):
     for step, request_id, _, tokens, context in rows.iter_rows():
         seen[step][request_id] = [tokens, context]
     assert len(seen) == steps.height
-    expected = [{int(i.split("-")[1]): part for i, part in step.items()} for step in truth["steps"]]
+    expected = [{int(i.split("-")[2]): part for i, part in step.items()} for step in truth["steps"]]
     assert seen == expected
 
     preemptions, cached, generated, prompts = (
-        {int(i.split("-")[1]): count for i, count in truth[key].items()}
+        {int(i.split("-")[2]): count for i, count in truth[key].items()}
         for key in ("preemptions", "cached", "generated", "prompts")
     )
     assert (sum(preemptions.values()) > 0) == (blocks == 32), "the workload is what its name says"

@@ -113,7 +113,7 @@ def holding(monkeypatch, capfd):
 def test_clock_and_cap_are_set_and_what_was_there_before_is_restored(holding):
     gpus = Fake({0: [1200], 1: [1200]}, limits_w={0: 700.0, 1: 450.5})
     said, error, meanwhile = holding(gpus, [0, 1], 1200, 400.0)
-    assert said == [{"mhz": 1200, "power_cap_w": 400.0}]
+    assert said == [{"mhz": 1200, "power_cap_w": 400.0, "limits_w": {"0": 700.0, "1": 450.5}}]
     assert error is None
     assert meanwhile == [({0: 1200, 1: 1200}, {0: 400.0, 1: 400.0})]
     assert (gpus.locked, gpus.limits_w, gpus.closed) == ({}, {0: 700.0, 1: 450.5}, True)
@@ -144,7 +144,7 @@ def test_a_cap_out_of_range_is_an_error_before_anything_is_changed(holding):
 def test_one_gpu_that_refuses_does_not_keep_the_others_set(holding):
     gpus = Fake({gpu: [1200] for gpu in range(3)}, refuse=[("unlock", 1), ("cap", 1, 700.0)])
     said, error, _ = holding(gpus, [0, 1, 2], 1200, 400.0)
-    assert said == [{"mhz": 1200, "power_cap_w": 400.0}]
+    assert said == [{"mhz": 1200, "power_cap_w": 400.0, "limits_w": {"0": 700.0, "1": 700.0, "2": 700.0}}]
     assert (gpus.locked, gpus.limits_w) == ({1: 1200}, {0: 700.0, 1: 400.0, 2: 700.0})
     assert "the clock of GPU 1 is not given back: GPU 1 is lost" in error
     assert "the power limit of GPU 1 is not given back: GPU 1 is lost" in error
@@ -283,6 +283,16 @@ def test_the_driver_gets_both_back_however_the_parent_ends(parent, driver_state,
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_ending_the_holder_itself_gives_them_back(parent, driver_state, until, number):
     os.kill(parent.holder, number)
+    until(lambda: driver_state() == RESTORED)
+
+
+def test_a_holder_that_is_killed_is_made_up_for_at_the_end(parent, driver_state, until):
+    """Nobody restores at once; the replayer does when the run ends."""
+    os.kill(parent.holder, signal.SIGKILL)
+    until(lambda: not alive(parent.holder))
+    assert driver_state() == SET
+    parent.stdin.write("\n")
+    parent.stdin.flush()
     until(lambda: driver_state() == RESTORED)
 
 
