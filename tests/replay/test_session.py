@@ -278,9 +278,9 @@ def test_clipped_and_dropped_requests_are_counted(make_trace, replay, tmp_path, 
 def test_prefix_hashes_are_sent_as_shared_blocks(make_trace, replay, tmp_path, sim_server, monkeypatch):
     prompts, send = [], CompletionsClient.send
 
-    async def overheard(self, record, body):
+    async def overheard(self, record, body, name=None):
         prompts.append(json.loads(body)["prompt"])
-        await send(self, record, body)
+        await send(self, record, body, name)
 
     monkeypatch.setattr(CompletionsClient, "send", overheard)
     hashes = pl.Series([[1, 2], [1, 3]], dtype=pl.List(pl.UInt64))
@@ -308,7 +308,7 @@ def test_a_bug_beside_the_sending_comes_out(make_trace, tmp_path, sim_server, mo
 def test_a_bug_in_a_request_comes_out(make_trace, tmp_path, sim_server, monkeypatch, arrival_ms):
     """Whether other requests are still to be sent or not."""
 
-    async def bug(self, record, body):
+    async def bug(self, record, body, name=None):
         raise ZeroDivisionError
 
     monkeypatch.setattr("replay.client.CompletionsClient.send", bug)
