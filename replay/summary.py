@@ -73,7 +73,7 @@ def _counter_j(run: Run, gpus: list[int], start_ns: int, end_ns: int) -> tuple[f
         if len(t_ns) < 2:
             return None, f"GPU {gpu} has no energy counter that was read"
         if t_ns[0] - start_ns > _EDGE_NS or end_ns - t_ns[-1] > _EDGE_NS:
-            since_s, until_s = ((t - start_ns) / NS_PER_S for t in (t_ns[0], t_ns[-1]))
+            since_s, until_s = ((min(max(t, start_ns), end_ns) - start_ns) / NS_PER_S for t in (t_ns[0], t_ns[-1]))
             return (
                 None,
                 f"the energy counter of GPU {gpu} was read from {since_s:.1f} s to {until_s:.1f} s of the run only",
