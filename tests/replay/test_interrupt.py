@@ -32,9 +32,11 @@ def start(command, make_trace, tmp_path, until):
 
 
 def under_way(run_dir):
-    """Whether the short requests are on record and the engine says that it runs the four long ones."""
+    """Whether the eight short requests are on record and the engine says that it runs the four long ones."""
     if not (has_table(run_dir, "requests") and has_table(run_dir, "server_metrics")):
         return False
+    if Run.open(run_dir).scan("requests").collect().height < 8:
+        return False  # a part is written each second: the first may hold only some of the eight
     metrics = Run.open(run_dir).scan("server_metrics").collect()
     running = metrics.filter(pl.col("name").str.ends_with("num_requests_running"))["value"]
     return not running.is_empty() and running[-1] == 4
