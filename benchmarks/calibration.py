@@ -20,7 +20,6 @@ from replay.sim.hardware import Hardware, Profile, Work, load_profile
 from replay.sim.scheduler import Request, Scheduler
 from tracegen.console import print_table, say
 
-PROFILE = "dgx-h100-llama-2-70b"
 # Prompts and outputs of the source's Short, Medium and Long. Its runs with long prompts stopped at Llama-2's 4096
 # tokens, 11 after the prompt: LS, LM and LL show one and the same TTFT and power at every rate, TP and clock.
 INPUT_TOKENS = {"S": 467, "M": 1010, "L": 4085}
@@ -59,12 +58,7 @@ def simulate(
 ) -> Outcome:
     """Serve `ARRIVALS_S` of Poisson arrivals of equal requests to the end, in virtual time."""
     profile = hardware.profile
-    scheduler = Scheduler(
-        kv_tokens=hardware.kv_tokens,
-        block_tokens=profile.block_tokens,
-        max_num_seqs=profile.max_num_seqs,
-        max_num_batched_tokens=profile.max_num_batched_tokens,
-    )
+    scheduler = Scheduler(hardware.limits)
     arrival_s = {Request(n, prompt_tokens, output_tokens): t for n, t in enumerate(_arrivals_s(rate_rps, seed))}
     ttft_s: dict[Request, float] = {}
     coming = deque(arrival_s)
@@ -79,7 +73,7 @@ def simulate(
         energy_j += duration_s * hardware.step_w(batch.work, clock_mhz)
         busy_s += duration_s
         now_s += duration_s
-        for request in scheduler.complete(batch):
+        for request in scheduler.complete():
             ttft_s.setdefault(request, now_s - arrival_s[request])
     idle_j = hardware.tp * hardware.idle_w(clock_mhz) * (now_s - busy_s)
     return Outcome(
@@ -241,7 +235,7 @@ def main() -> None:
     path = parser.parse_args().points
     if not path.is_file():
         parser.error(f"{path}: no such file")
-    profile = load_profile(PROFILE)
+    profile = load_profile()
     points = simulate_frame(profile, pl.read_csv(path))
     ratios = add_ratios(points)
     print_steps(profile)

@@ -1,7 +1,7 @@
 """What can be checked of energy attribution without a second meter: functions of run directories.
 
 Each gives a plain dict for JSON; a figure that cannot be had is null, beside `why`. Runs of the simulated engine, where
-the truth is known, prove the checks themselves (`benchmarks/virtual_run.py`, `tests/project/test_real_gpu.py`).
+the truth is known, prove the checks themselves (`tests/project/test_real_gpu.py`).
 """
 
 from collections.abc import Callable, Sequence

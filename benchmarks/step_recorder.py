@@ -50,6 +50,9 @@ class MadeUpScheduler:
         ids = {i for output in outputs for i in output.num_scheduled_tokens}
         self.requests = {i: SimpleNamespace(num_tokens=PROMPT) for i in ids}
 
+    def add_request(self, request: Any) -> None:
+        """Nothing."""
+
     def schedule(self) -> Output:
         """The next output."""
         return next(self.outputs)

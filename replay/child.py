@@ -1,15 +1,20 @@
 """A process beside the run, which answers in lines of JSON and ends when its standard input closes.
 
 That happens on every way that replay can end, SIGKILL included, so what such a process undoes or finishes is undone
-and finished always.
+and finished always. `Child` is the parent's side of it; `say` and `parent_left` are the process's own.
 """
 
 import asyncio
+import contextlib
 import json
+import os
+import select
 import subprocess
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from typing import Any
+
+from replay.clock import NS_PER_S, now_ns
 
 
 class Child:
@@ -56,3 +61,17 @@ class Child:
         last = [message async for message in self.messages()]
         await self.process.wait()
         return last
+
+
+def say(message: Mapping[str, Any]) -> None:
+    """Tell the parent, which may have died: then there is nobody to tell, and the process goes on to its end."""
+    # Unbuffered: what a closed pipe did not take would be an error again when the interpreter ends.
+    with contextlib.suppress(BrokenPipeError):
+        os.write(1, json.dumps(message).encode() + b"\n")
+
+
+def parent_left(until_ns: int) -> bool:
+    """Wait for standard input to close, at most until `until_ns`; whether it has."""
+    timeout_s = max(0.0, (until_ns - now_ns()) / NS_PER_S)
+    readable, _, _ = select.select([0], [], [], timeout_s)
+    return bool(readable) and os.read(0, 4096) == b""

@@ -4,12 +4,15 @@ import asyncio
 import os
 import shlex
 import sys
+from contextlib import closing
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from replay.plan import DEFAULT_PROFILE, RunOptions
+from replay.live import Progress, open_progress
+from replay.plan import RunOptions
+from replay.sim.cli import sim_app
 from tracegen.console import make_app, note, print_json, print_table, run_app, say
 from tracegen.durations import parse_duration_ns
 from tracegen.errors import GpuError, ReplayError
@@ -17,6 +20,7 @@ from tracegen.errors import GpuError, ReplayError
 app = make_app("Send a trace to an LLM server at locked GPU clocks, and record requests, engine steps and power.")
 clocks_app = make_app("Show how GPUs run, and give them back to their driver.")
 app.add_typer(clocks_app, name="clocks")
+app.add_typer(sim_app, name="sim")
 
 AllGpus = Annotated[str | None, typer.Option("--gpus", help="GPUs, for example 0,1.", show_default="all")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -37,15 +41,28 @@ def run(
     trace: Annotated[Path, typer.Argument(help="Trace file, as `tracegen` writes it.", show_default=False)],
     engine: Annotated[str, typer.Option(help="auto, sim, vllm, or the URL of a running server.")] = "auto",
     model: Annotated[
-        str | None, typer.Option(help="Model to serve or to ask for.", show_default="the engine's own")
+        str | None,
+        typer.Option(
+            help="Model to serve or to ask for; for sim also a folder with config.json.",
+            show_default="the engine's own",
+        ),
     ] = None,
     tp: Annotated[
-        int | None, typer.Option(help="Tensor-parallel size.", show_default="as many as --gpus, else 2 for sim or 1")
+        int | None,
+        typer.Option(
+            help="Tensor-parallel size.", show_default="as many as --gpus, else 1, for sim the smallest that fits"
+        ),
     ] = None,
     replicas: Annotated[
         int,
-        typer.Option(help="Servers to launch, each on GPUs and a port of its own; requests go to them in turn.", min=1),
+        typer.Option(help="Servers to launch, each on GPUs and a port of its own.", min=1),
     ] = 1,
+    router: Annotated[
+        str,
+        typer.Option(
+            help="Which replica a request goes to: session (in turn, but a session stays), round-robin or least-loaded."
+        ),
+    ] = "session",
     freq: Annotated[
         int | None, typer.Option(help="SM clock to lock, MHz.", show_default="the driver's own clocks")
     ] = None,
@@ -84,7 +101,21 @@ def run(
         float | None, typer.Option(help="Cap on requests per second; closes the loop.", show_default="none")
     ] = None,
     idle: Annotated[str, typer.Option(help="How long idle power is measured, before and after.")] = "5s",
-    profile: Annotated[str, typer.Option(help="Hardware and model of the simulated engine.")] = DEFAULT_PROFILE,
+    hardware: Annotated[
+        str | None,
+        typer.Option(help="Node that the simulated engine simulates: a name or a TOML file.", show_default="dgx-h100"),
+    ] = None,
+    virtual: Annotated[
+        bool, typer.Option("--virtual", help="Simulate in virtual time, without a server: days in minutes.")
+    ] = False,
+    truth: Annotated[
+        bool | None,
+        typer.Option(
+            "--truth/--no-truth",
+            help="Compute what each request of a simulated run truly cost.",
+            show_default="yes, unless --virtual has above 2000 requests",
+        ),
+    ] = None,
     vllm_python: Annotated[
         str | None, typer.Option(help="Python of an environment that has vLLM.", show_default="this one")
     ] = None,
@@ -122,16 +153,14 @@ def run(
     Examples:
       replay run trace.parquet --tp 2 --freq 1200
       replay run trace.parquet --engine sim --tp 8 --duration 10m -o runs/first
+      replay run week.parquet --virtual --tp 2 --replicas 4 --router least-loaded --freq 1400
+      replay run trace.parquet --engine sim --hardware dgx-a100 --model Qwen/Qwen3-8B
       replay run trace.parquet --engine vllm --model Qwen/Qwen3-8B --vllm-arg=--max-model-len=8192
       replay run trace.parquet --engine vllm --tp 2 --replicas 4 --freq 1200 --power-cap 500
       replay run trace.parquet --engine http://localhost:8000 --gpus 0,1 --tp 2 --steps /tmp/steps
 
     A server's API key is read from the environment variable OPENAI_API_KEY.
     """
-    import uvloop
-
-    from replay.live import open_progress
-    from replay.session import run as run_session
     from replay.summary import lines, summarize
 
     options = RunOptions(
@@ -140,6 +169,8 @@ def run(
         model=model,
         tp=tp,
         replicas=replicas,
+        router=router,
+        virtual=virtual,
         freq_mhz=freq,
         power_cap_w=power_cap,
         power=power,
@@ -148,7 +179,7 @@ def run(
         output=output,
         gpus=_parse_gpus(gpus),
         port=port,
-        profile=profile,
+        hardware=hardware,
         vllm_python=vllm_python,
         vllm_args=tuple(vllm_arg or ()),
         record_steps=record_steps,
@@ -166,10 +197,11 @@ def run(
         request_timeout_s=request_timeout_sec,
         seed=seed,
         save_chunks=save_chunks,
+        truth=truth,
         metadata=_parse_metadata(metadata or []),
     )
-    with open_progress(quiet=quiet) as progress, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        run_dir = runner.run(run_session(options, progress))
+    with open_progress(quiet=quiet) as progress:
+        run_dir = _run(options, progress)
     summary = summarize(run_dir)
     if as_json:
         print_json(summary)
@@ -179,6 +211,20 @@ def run(
         say(f"\nwrote {run_dir}; next: analysis {then} {run_dir}")
     if summary["state"] != "complete":
         sys.exit(130 if summary["state"] == "interrupted" else 1)
+
+
+def _run(options: RunOptions, progress: Progress) -> Path:
+    """Replay in wall time or in virtual time."""
+    if options.virtual:
+        from replay.virtual.run import run_virtual
+
+        return run_virtual(options, progress)
+    import uvloop
+
+    from replay.session import run as run_session
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(run_session(options, progress))
 
 
 @app.command()
@@ -197,9 +243,9 @@ def vllm_args(
       replay vllm-args Qwen/Qwen3-8B --steps /tmp/steps
       replay run trace.parquet --engine http://localhost:8000 --gpus 0 --steps /tmp/steps
     """
-    from replay.engines.vllm import REQUEST_ARGUMENTS, recorder_arguments, recorder_environment
+    from replay.engines.vllm import RECORDER_ARGUMENTS, REQUEST_ARGUMENTS, recorder_environment
 
-    environment, arguments = recorder_environment(steps), [*recorder_arguments(), *REQUEST_ARGUMENTS]
+    environment, arguments = recorder_environment(steps), [*RECORDER_ARGUMENTS, *REQUEST_ARGUMENTS]
     if as_json:
         print_json({"environment": environment, "arguments": arguments})
         return
@@ -260,11 +306,8 @@ def clocks_show(as_json: AsJson = False) -> None:
     from replay.gpu.base import open_gpus
     from replay.gpu.clocks import show
 
-    gpus = open_gpus("nvml")
-    try:
+    with closing(open_gpus("nvml")) as gpus:
         entries = show(gpus)
-    finally:
-        gpus.close()
     if as_json:
         print_json(entries)
         return
@@ -286,12 +329,9 @@ def clocks_reset(gpus: AllGpus = None) -> None:
     from replay.gpu.base import open_gpus
     from replay.gpu.clocks import reset
 
-    opened = open_gpus("nvml")
-    try:
+    with closing(open_gpus("nvml")) as opened:
         indices = _parse_gpus(gpus) or tuple(device.gpu for device in opened.devices())
         done, refused = reset(opened, indices)
-    finally:
-        opened.close()
     for line in done:
         say(line)
     if refused:

@@ -17,6 +17,7 @@ _SORT = {
     "requests": ["scheduled_ns", "request_id"],
     "steps": ["instance", "step"],
     "segments": ["instance", "first_step", "request_id"],
+    "arrivals": ["instance", "arrival_ns"],
     "power": ["t_ns", "gpu"],
     "cpu_energy": ["t_ns", "domain"],
     "server_metrics": ["t_ns"],
@@ -33,7 +34,8 @@ def finish_run(run_dir: Path, manifest: dict[str, Any], engine: Engine, late_ns:
     for table in TABLES:
         compact(run_dir, table, sort_by=_SORT.get(table, []), merge=merge_segments if table == "segments" else None)
     # An engine that died took its last steps along, and with them what they truly cost.
-    truth = None if manifest["state"] == "failed" else engine.truth(run_dir)
+    unwanted = manifest["state"] == "failed" or manifest["arguments"].get("truth") is False
+    truth = None if unwanted else engine.truth(run_dir)
     if truth is not None:
         write_parquet(truth.to_arrow(compat_level=pl.CompatLevel.oldest()), run_dir / "truth.parquet")
     manifest["verdicts"] = [asdict(verdict) for verdict in judge(run_dir, manifest, late_ns)]

@@ -13,6 +13,7 @@ from typing import Any
 from replay.clock import now_ns
 from replay.engines.vllm import take_secrets
 from replay.plan import Plan, RunOptions
+from replay.sim.profile import Profile, constants
 from tracegen.schema import file_sha256
 
 
@@ -23,7 +24,7 @@ def first_manifest(plan: Plan, run_id: str) -> dict[str, Any]:
         "state": "starting",
         "run_id": run_id,
         "engine": {"sim": "simulated", "vllm": "vllm", "url": "attached"}[plan.engine],
-        "simulated_profile": options.profile if plan.engine == "sim" else None,
+        "simulated_profile": None if plan.profile is None else _simulated(plan.profile),
         "instances": [
             {
                 "instance": number,
@@ -48,6 +49,17 @@ def first_manifest(plan: Plan, run_id: str) -> dict[str, Any]:
         "metadata": options.metadata,
         "versions": _versions() | {f"engine {name}": text for name, text in plan.vllm_versions.items()},
         "verdicts": [],
+    }
+
+
+def _simulated(profile: Profile) -> dict[str, Any]:
+    """What was simulated, with every constant: the run can be computed again when the profiles have changed."""
+    return {
+        "hardware": profile.hardware,
+        "model": profile.model_name,
+        "calibrated": profile.calibrated,
+        "assumed": list(profile.assumed),
+        "constants": constants(profile),
     }
 
 

@@ -2,24 +2,29 @@
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import polars as pl
 
 from replay.engines.model_size import weights_mib
 from replay.engines.vllm import DEFAULT_MODEL, check_arguments, check_version, inspect_vllm, vllm_installed
 from replay.gpu.base import open_gpus
-from replay.sim.hardware import load_profile
+from replay.sim.arguments import capped, with_arguments
+from replay.sim.models import DEFAULT_MODEL as DEFAULT_SIM_MODEL
+from replay.sim.profile import DEFAULT_HARDWARE, Profile, load_profile
 from tracegen.durations import NS_PER_S
 from tracegen.errors import GpuError, ReplayError
-from tracegen.schema import read_metadata, read_trace
+from tracegen.schema import TRACE, read_metadata, read_trace
 
-DEFAULT_PROFILE = "dgx-h100-llama-2-70b"
-_SIM_TP = 2  # the smallest that holds Llama-2-70B
 _VLLM_WARMUPS = 8  # one for each of the trace's octiles of input length
 OVERLONG = ("refuse", "drop", "clip")
+ROUTERS = ("session", "round-robin", "least-loaded")
+LEAST_LOADED = -1  # in place of an instance: whichever has the least to do when the request comes
 POWER = ("nvml", "csv:FILE", "prometheus:URL")
 
 
@@ -32,6 +37,8 @@ class RunOptions:
     model: str | None = None
     tp: int | None = None
     replicas: int = 1
+    router: str = "session"  # which replica a request goes to
+    virtual: bool = False  # in virtual time, without a server
     freq_mhz: int | None = None  # None: the driver's own clocks
     power_cap_w: float | None = None  # None: the driver's own limit
     power: str = "nvml"  # where power is read: nvml | csv:FILE | prometheus:URL
@@ -40,7 +47,7 @@ class RunOptions:
     output: Path | None = None
     gpus: tuple[int, ...] | None = None
     port: int | None = None
-    profile: str = DEFAULT_PROFILE
+    hardware: str | None = None  # that the simulated engine simulates: a name or a TOML file; None: a DGX-H100
     vllm_python: str | None = None
     vllm_args: tuple[str, ...] = ()
     record_steps: bool = True
@@ -58,6 +65,7 @@ class RunOptions:
     request_timeout_s: float | None = None
     seed: int = 0
     save_chunks: bool = True
+    truth: bool | None = None  # a simulated run's true costs; None: yes, unless a virtual run is large
     metadata: dict[str, str] = field(default_factory=dict)
 
 
@@ -78,6 +86,7 @@ class Plan:
     vllm_versions: dict[str, str]  # of the environment that serves; empty where none is launched
     no_steps: str | None  # why a launched vLLM is not recorded
     weights_mib: float | None  # of the model that is launched, where it is known
+    profile: Profile | None  # of the simulated engine
 
     @property
     def gpus(self) -> tuple[int, ...]:
@@ -88,11 +97,14 @@ class Plan:
 def make_plan(options: RunOptions) -> Plan:
     """Check `options` and fill in what they leave open. Raises a `WattraceError` for what cannot be run."""
     _check_values(options)
-    trace = _slice(read_trace(options.trace), options)
-    block_tokens = read_metadata(options.trace)["block_tokens"] if "prefix_hashes" in trace.columns else 0
+    # In virtual time the trace is read in batches, while it is served.
+    trace = TRACE.to_frame() if options.virtual else _slice(read_trace(options.trace), options)
+    hashed = options.virtual or "prefix_hashes" in trace.columns
+    block_tokens = read_metadata(options.trace).get("block_tokens", 0) if hashed else 0
     engine, why = _choose_engine(options)
     named = len(options.gpus or ()) // options.replicas
-    tp = options.tp or named or (_SIM_TP if engine == "sim" else 1)
+    profile = _simulated(options) if engine == "sim" else None
+    tp = options.tp or named or (_smallest_tp(profile) if profile else 1)
     groups = _choose_gpus(options, engine, tp)
     _check_for_engine(options, engine, known_gpus=bool(groups[0]))
     versions: dict[str, str] = {}
@@ -103,19 +115,38 @@ def make_plan(options: RunOptions) -> Plan:
         no_steps = check_version(versions["vllm"], record_steps=options.record_steps)
         if not options.record_steps:
             no_steps = "asked for with --no-record-steps"
-    model = options.model or {"sim": load_profile(options.profile).name, "vllm": DEFAULT_MODEL}.get(engine)
+    model = options.model or {"sim": DEFAULT_SIM_MODEL, "vllm": DEFAULT_MODEL}.get(engine)
     warmups = options.num_warmups if options.num_warmups is not None else _VLLM_WARMUPS if engine == "vllm" else 0
     weights = weights_mib(model, options.vllm_args) if engine == "vllm" and model else None
     return Plan(
         options, trace, block_tokens, engine, why, tp, groups, model, _run_dir(options, engine, tp), warmups, versions,
-        no_steps, weights,
+        no_steps, weights, profile,
     )  # fmt: skip
+
+
+def _simulated(options: RunOptions) -> Profile:
+    """The simulated node and model, as the options want them served."""
+    profile = load_profile(options.hardware or DEFAULT_HARDWARE, options.model or DEFAULT_SIM_MODEL)
+    capped(profile, options.power_cap_w)  # a cap that cannot be is an error here
+    return with_arguments(profile, options.vllm_args)
+
+
+def _smallest_tp(profile: Profile) -> int:
+    """The smallest tensor-parallel size that holds the model. Raises `ReplayError` when none does."""
+    sizes = profile.tp_sizes()
+    if not sizes:
+        raise ReplayError(
+            f"{profile.name}: {profile.model.weight_bytes / 1e9:.0f} GB of weights and one request of "
+            f"{profile.max_model_len} tokens fit at no tensor-parallel size; use a smaller model or other --hardware"
+        )
+    return sizes[0]
 
 
 def _check_values(options: RunOptions) -> None:
     """Raise `ReplayError` for a value that is wrong with any engine."""
-    if options.overlong not in OVERLONG:
-        raise ReplayError(f"--overlong {options.overlong}: use one of {', '.join(OVERLONG)}")
+    for name, given, known in (("--overlong", options.overlong, OVERLONG), ("--router", options.router, ROUTERS)):
+        if given not in known:
+            raise ReplayError(f"{name} {given}: use one of {', '.join(known)}")
     for name, value in (
         ("--tp", options.tp),
         ("--replicas", options.replicas),
@@ -131,8 +162,26 @@ def _check_values(options: RunOptions) -> None:
     for name, count in (("--seed", options.seed), ("--num-warmups", options.num_warmups or 0)):
         if count < 0:
             raise ReplayError(f"{name} {count}: must not be negative")
+    if options.virtual:
+        _check_virtual(options)
     if options.power != "nvml" and not options.power.startswith(("csv:", "prometheus:")):
         raise ReplayError(f"--power {options.power}: use one of {', '.join(POWER)}")
+
+
+def _check_virtual(options: RunOptions) -> None:
+    """Raise `ReplayError` for an option that means nothing in virtual time."""
+    if options.engine not in {"auto", "sim"}:
+        raise ReplayError(f"--virtual with --engine {options.engine}: only the simulated engine runs in virtual time")
+    for name, given in (
+        ("--max-concurrency", options.max_concurrency),
+        ("--max-rate", options.max_rate_rps),
+        ("--port", options.port),
+        ("--num-warmups", options.num_warmups),
+        ("--request-timeout-sec", options.request_timeout_s),
+        ("--with-cpu", options.with_cpu),
+    ):
+        if given:
+            raise ReplayError(f"{name} with --virtual: there are no clients, no servers and no CPUs in virtual time")
 
 
 def _check_for_engine(options: RunOptions, engine: str, *, known_gpus: bool) -> None:
@@ -142,14 +191,10 @@ def _check_for_engine(options: RunOptions, engine: str, *, known_gpus: bool) -> 
             raise ReplayError(f"{name} with a URL needs --gpus: which GPUs of this host serve it?")
         if asked is not None and options.power != "nvml":
             raise ReplayError(f"{name} needs --power nvml: through {options.power} GPUs can be read, not set")
-    if engine == "sim" and options.power_cap_w is not None:
-        raise ReplayError("--power-cap: the simulated GPUs' cap is in their --profile")
     if engine == "sim" and options.power != "nvml":
         raise ReplayError(f"--power {options.power}: a simulated engine draws simulated power only")
-    if engine == "sim" and options.model not in {None, options.profile}:
-        raise ReplayError(
-            f"--model {options.model}: the simulated engine serves what its --profile says, {options.profile}"
-        )
+    if engine != "sim" and options.hardware is not None:
+        raise ReplayError(f"--hardware {options.hardware}: only the simulated engine chooses its hardware")
     if engine == "url":
         _check_for_url(options, known_gpus=known_gpus)
     elif options.steps is not None:
@@ -184,6 +229,8 @@ def _slice(trace: pl.DataFrame, options: RunOptions) -> pl.DataFrame:
 def _choose_engine(options: RunOptions) -> tuple[str, str]:
     """The engine and, for the first line of output, why."""
     asked = options.engine
+    if options.virtual:
+        return "sim", "virtual time, asked for with --virtual"
     if asked.startswith(("http://", "https://")):
         return "url", f"attached to {asked}"
     if asked == "sim":
@@ -240,30 +287,52 @@ def fit_lengths(trace: pl.DataFrame, max_model_len: int | None, overlong: str) -
     total = pl.col("input_tokens").cast(pl.Int64) + pl.col("output_tokens")
     if max_model_len is None or not (too_long := trace.filter(total > max_model_len)).height:
         return trace, 0
-    count, first = too_long.height, too_long.row(0, named=True)
-    if overlong == "drop":
-        kept = trace.filter(total <= max_model_len)
-        if kept.is_empty():
-            raise ReplayError(
-                f"every request is longer than the model's {max_model_len} tokens; nothing is left to send"
-            )
-        return kept, count
+    count = too_long.height
+    if overlong == "drop" and count < trace.height:
+        return trace.filter(total <= max_model_len), count
     if overlong == "clip":
         output = pl.min_horizontal(pl.col("output_tokens"), pl.lit(max_model_len - 1, pl.UInt32))
         input_ = pl.min_horizontal(pl.col("input_tokens"), (max_model_len - output).cast(pl.UInt32))
         return trace.with_columns(input_.alias("input_tokens"), output.alias("output_tokens")), count
-    raise ReplayError(
-        f"{count} of {trace.height} requests are longer than the model's {max_model_len} tokens (request_id "
+    raise too_long_error(too_long.row(0, named=True), count, trace.height, max_model_len, overlong)
+
+
+def too_long_error(
+    first: Mapping[str, int], count: int, requests: int, max_model_len: int, overlong: str
+) -> ReplayError:
+    """What to say where `count` of `requests` are beyond `max_model_len` tokens, the trace's row `first` before all."""
+    if overlong == "drop":
+        return ReplayError(f"every request is longer than the model's {max_model_len} tokens; nothing is left to send")
+    return ReplayError(
+        f"{count} of {requests} requests are longer than the model's {max_model_len} tokens (request_id "
         f"{first['request_id']}: {first['input_tokens']} + {first['output_tokens']}); use --overlong drop or clip"
     )
 
 
-def route(trace: pl.DataFrame, instances: int) -> list[int]:
-    """The instance that each request of `trace` goes to: in turn, or for a session always the same."""
-    if "session_id" not in trace.columns:
-        return [i % instances for i in range(trace.height)]
-    turn = trace.with_row_index("row")
-    # A session takes the turn of its first request; requests without one take their own.
-    first = pl.col("row").min().over("session_id")
-    chosen = turn.select(pl.when(pl.col("session_id").is_null()).then(pl.col("row")).otherwise(first) % instances)
-    return chosen.to_series().to_list()
+class Router:
+    """Says to which instance each request of a trace goes, batch after batch."""
+
+    def __init__(self, rule: str, instances: int) -> None:
+        """`rule`: one of `ROUTERS`.
+
+        `session`: in turn, but all requests of a session to where its first one went. `round-robin`: in turn.
+        `least-loaded`: `LEAST_LOADED` for all.
+        """
+        self._rule, self._instances = rule, instances
+        self._rows = 0
+        self._sessions: dict[int, int] = {}
+
+    def assign(self, trace: pl.DataFrame) -> npt.NDArray[np.int64]:
+        """The instance of each request of `trace`, which comes after those assigned before."""
+        turn = np.arange(self._rows, self._rows + trace.height) % self._instances
+        self._rows += trace.height
+        if self._rule == "least-loaded":
+            return np.full(trace.height, LEAST_LOADED)
+        if self._rule == "round-robin" or "session_id" not in trace.columns:
+            return turn
+        turns = pl.DataFrame({"session": trace["session_id"], "turn": turn})
+        for session, first in turns.drop_nulls().unique("session", keep="first", maintain_order=True).iter_rows():
+            self._sessions.setdefault(session, first)
+        here = {session: self._sessions[session] for session in turns["session"].drop_nulls().unique()}
+        theirs = pl.col("session").replace_strict(here, default=None, return_dtype=pl.Int64)
+        return turns.select(pl.coalesce(theirs, "turn")).to_series().to_numpy()

@@ -7,6 +7,7 @@ with the caller's exit stack, in reverse order.
 
 import asyncio
 import math
+import shutil
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from dataclasses import asdict, dataclass, field
@@ -30,7 +31,7 @@ from replay.live import Progress
 from replay.manifest import host
 from replay.plan import Plan
 from replay.rundir import scan_table, write_manifest
-from replay.sim.hardware import Hardware, load_profile
+from replay.sim.hardware import Hardware
 from replay.steplog import StepFollower
 from replay.warmup import warm_up
 from tracegen.errors import GpuError, ReplayError
@@ -60,7 +61,7 @@ async def prepare(plan: Plan, prepared: Prepared, stack: AsyncExitStack, progres
     Raises a `WattraceError` with what is wrong and what to do.
     """
     ports = _ports(plan)
-    hardware = Hardware(load_profile(plan.options.profile), plan.tp) if plan.engine == "sim" else None
+    hardware = None if plan.profile is None else Hardware(plan.profile, plan.tp)
     uuids = await _prepare_gpus(plan, prepared, hardware, stack, progress)
     for number, group in enumerate(plan.groups):
         ids = [uuids[gpu] for gpu in group] if uuids else []
@@ -104,16 +105,18 @@ async def _prepare_gpus(
             raise ReplayError("--with-cpu goes with a power source: name the server's GPUs with --gpus")
         return {}
     power_spec = spec if plan.options.power == "nvml" else plan.options.power
-    source = open_power(power_spec)
+    gpus = open_gpus(spec) if power_spec == spec else None
+    source = open_power(power_spec) if gpus is None else gpus
     stack.callback(source.close)
-    _describe(plan, prepared, source)
+    describe(plan, prepared, source)
     uuids = {entry["gpu"]: str(entry["uuid"]) for entry in prepared.manifest["gpus"]}
-    if plan.engine == "vllm" or power_spec == spec:
+    if gpus is None and plan.engine == "vllm":
         gpus = open_gpus(spec)
         stack.callback(gpus.close)
+    if gpus is not None:
         uuids = {device.gpu: device.uuid for device in gpus.devices()}
         _check_exists(plan, set(uuids))
-        _check_settings(plan, prepared, gpus, progress)
+        check_settings(plan, prepared, gpus, progress)
     if prepared.locked_mhz is not None or plan.options.power_cap_w is not None:
         prepared.settings = GpuSettings(spec, plan.gpus, prepared.locked_mhz, plan.options.power_cap_w)
         await stack.enter_async_context(prepared.settings)
@@ -133,7 +136,7 @@ def _gpu_spec(plan: Plan, hardware: Hardware | None, stack: AsyncExitStack) -> s
     return "nvml" if plan.gpus else None
 
 
-def _describe(plan: Plan, prepared: Prepared, source: PowerSource) -> None:
+def describe(plan: Plan, prepared: Prepared, source: PowerSource) -> None:
     """Enter all GPUs of this host into the manifest."""
     devices = source.devices()
     _check_exists(plan, {device.gpu for device in devices})
@@ -167,7 +170,7 @@ def _check_exists(plan: Plan, known: set[int]) -> None:
         raise GpuError(f"GPU {missing[0]} does not exist: this host has {len(known)} ({asked}, --gpus)")
 
 
-def _check_settings(plan: Plan, prepared: Prepared, gpus: Gpus, progress: Progress) -> None:
+def check_settings(plan: Plan, prepared: Prepared, gpus: Gpus, progress: Progress) -> None:
     """Whether the GPUs are free and can be set as asked; which clock will be locked."""
     options, instances = plan.options, prepared.manifest["instances"]
     check_whole(gpus, plan.gpus)
@@ -201,7 +204,7 @@ def _make_engine(
     if hardware is not None:
         return SimEngine(
             hardware, plan.groups[number], plan.model or "", port, run_dir / _BOARD, run_dir, number, log,
-            options.ready_timeout_s, progress.status,
+            options.ready_timeout_s, progress.status, vllm_args=options.vllm_args, power_cap_w=options.power_cap_w,
         )  # fmt: skip
     if plan.engine == "vllm":
         steps = None if plan.no_steps else run_dir / _STEP_LOGS / str(number)
@@ -281,6 +284,4 @@ async def measure_idle(plan: Plan, prepared: Prepared, progress: Progress, when:
 
 def clear_step_logs(run_dir: Path) -> None:
     """Remove the recorders' logs: what they say is in the tables."""
-    import shutil
-
     shutil.rmtree(run_dir / _STEP_LOGS, ignore_errors=True)

@@ -72,6 +72,13 @@ SEGMENTS = pl.Schema(
         "context_start": pl.UInt32(),  # tokens before first_step
     }
 )
+ARRIVALS = pl.Schema(
+    {
+        "instance": pl.UInt16(),
+        "request_id": pl.UInt64(),  # null: warm-up or not ours
+        "arrival_ns": pl.Int64(),  # when the engine's scheduler got it
+    }
+)
 POWER = pl.Schema(
     {
         "t_ns": pl.Int64(),  # polled
@@ -119,6 +126,7 @@ TABLES: dict[str, pl.Schema] = {
     "requests": REQUESTS,
     "steps": STEPS,
     "segments": SEGMENTS,
+    "arrivals": ARRIVALS,
     "power": POWER,
     "cpu_energy": CPU_ENERGY,
     "server_metrics": SERVER_METRICS,
@@ -127,14 +135,15 @@ TABLES: dict[str, pl.Schema] = {
 _OPTIONAL: dict[str, pl.Schema] = {"trace": TRACE_OPTIONAL, "requests": REQUESTS_OPTIONAL}
 
 
-def check_table(frame: pl.LazyFrame, table: str, source: Path) -> pl.LazyFrame:
+def check_table(frame: pl.LazyFrame, table: str, source: Path, columns: Sequence[str] | None = None) -> pl.LazyFrame:
     """`frame` with the known columns of `table` in their types; unknown columns are kept.
 
+    `columns`: those of the table that `frame` should have; None: all that a table must have.
     Raises `RunError` naming the file and the column that is missing or of another type.
     """
     have = frame.collect_schema()
     casts = []
-    for name in TABLES[table]:
+    for name in TABLES[table] if columns is None else columns:
         if name not in have:
             raise RunError(f"{source}: column '{name}' is missing; a {table} table has {', '.join(TABLES[table])}")
     known = {**TABLES[table], **_OPTIONAL.get(table, {})}
@@ -186,28 +195,29 @@ class PartWriter:
         self._count += 1
 
 
-def scan_table(run_dir: Path, table: str) -> pl.LazyFrame:
+def scan_table(run_dir: Path, table: str, columns: Sequence[str] | None = None) -> pl.LazyFrame:
     """The rows of `table`, checked, in the order written, whether still in parts or compacted; they are read now.
 
+    `columns`: read these alone.
     Raises `RunError` when the table is missing, empty of parts, damaged or of another shape.
     """
     path = run_dir / f"{table}.parquet"
     if not has_table(run_dir, table):
         raise RunError(f"{run_dir}: has no table {table}.parquet")
     if not path.is_dir():
-        return _read_part(path, table).lazy()
-    parts = [_read_part(part, table) for part in sorted(path.glob(_PARTS))]
+        return _read_part(path, table, columns).lazy()
+    parts = [_read_part(part, table, columns) for part in sorted(path.glob(_PARTS))]
     return pl.concat(parts, how="diagonal_relaxed").lazy()  # parts may differ in optional columns
 
 
-def _read_part(path: Path, table: str) -> pl.DataFrame:
+def _read_part(path: Path, table: str, columns: Sequence[str] | None) -> pl.DataFrame:
     """The checked rows of one file of `table`. Raises `RunError` when it is damaged or of another shape."""
     try:
         # By pyarrow, which reports a damaged file where polars panics.
-        arrow = pq.ParquetFile(path, page_checksum_verification=True).read()
+        arrow = pq.ParquetFile(path, page_checksum_verification=True).read(columns)
         arrow.validate(full=True)
         frame = pl.DataFrame(dict(zip(arrow.column_names, arrow.columns, strict=True)))
-        return check_table(frame.lazy(), table, path).collect()
+        return check_table(frame.lazy(), table, path, columns).collect()
     except (pa.ArrowException, pl.exceptions.PolarsError, OSError, ValueError) as error:
         why = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise RunError(f"{path}: not readable as a {table} table ({why})") from None
@@ -307,6 +317,6 @@ class Run:
         """Whether the run has `table`."""
         return has_table(self.path, table)
 
-    def scan(self, table: str) -> pl.LazyFrame:
-        """The rows of `table`, checked. Raises `RunError` when it is missing or wrong."""
-        return scan_table(self.path, table)
+    def scan(self, table: str, columns: Sequence[str] | None = None) -> pl.LazyFrame:
+        """The rows of `table` (or its `columns` alone), checked. Raises `RunError` when it is missing or wrong."""
+        return scan_table(self.path, table, columns)

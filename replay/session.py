@@ -28,7 +28,7 @@ from replay.finish import finish_run
 from replay.live import Progress
 from replay.manifest import anchor, first_manifest
 from replay.metrics import scrape
-from replay.plan import Plan, RunOptions, fit_lengths, make_plan, route
+from replay.plan import LEAST_LOADED, Plan, Router, RunOptions, fit_lengths, make_plan
 from replay.prepare import Prepared, clear_step_logs, measure_idle, prepare, run_prefix, settle
 from replay.prompts import completion_body, prompt_ids
 from replay.records import RecordStore
@@ -69,11 +69,13 @@ async def run(options: RunOptions, progress: Progress) -> Path:
     """
     plan = await asyncio.to_thread(make_plan, options)
     state = _State(Prepared(first_manifest(plan, os.urandom(8).hex())), plan.trace, asyncio.current_task())
-    if plan.engine == "sim":
-        progress.say(f"SIMULATED: {plan.why_engine}; power, step times and GPUs come from profile {options.profile}")
+    if plan.profile is not None:
+        progress.say(f"SIMULATED: {plan.why_engine}; power, step times and GPUs are computed: {plan.profile.name}")
+        for line in plan.profile.assumed:
+            progress.say(f"  {line}")
     else:
         progress.say(f"engine: {plan.engine} ({plan.why_engine}){_takes(plan)}")
-    made = _claim(plan.run_dir)
+    made = claim(plan.run_dir)
     write_manifest(plan.run_dir, state.manifest)
     started = False
     try:
@@ -90,16 +92,16 @@ async def run(options: RunOptions, progress: Progress) -> Path:
             await asyncio.to_thread(finish_run, plan.run_dir, state.manifest, state.prepared.engines[0], state.late_ns)
     except BaseException as error:  # noqa: BLE001 - raised again, in one line where the disk is to blame
         if not started:
-            _clear(plan, error, keep_folder=not made)
+            clear(plan, error, keep_folder=not made)
         if state.interrupted and isinstance(error, asyncio.CancelledError):
             raise KeyboardInterrupt from None
-        raise _in_one_line(plan, state.failure or error) from None
+        raise in_one_line(plan, state.failure or error) from None
     if state.failure is not None:
-        raise _in_one_line(plan, state.failure)
+        raise in_one_line(plan, state.failure)
     return plan.run_dir
 
 
-def _claim(run_dir: Path) -> bool:
+def claim(run_dir: Path) -> bool:
     """Make `run_dir` ours; whether the folder is new. Raises `ReplayError` when another run has it, or it cannot be."""
     made = not run_dir.exists()
     try:
@@ -112,7 +114,7 @@ def _claim(run_dir: Path) -> bool:
     return made
 
 
-def _in_one_line(plan: Plan, error: BaseException) -> BaseException:
+def in_one_line(plan: Plan, error: BaseException) -> BaseException:
     """A full or failing disk is nobody's bug; other errors stay what they are."""
     if not isinstance(error, OSError):
         return error
@@ -120,7 +122,7 @@ def _in_one_line(plan: Plan, error: BaseException) -> BaseException:
     return ReplayError(f"{plan.run_dir}: cannot be written ({error.strerror or error}); {what}, free some space first")
 
 
-def _clear(plan: Plan, error: BaseException, *, keep_folder: bool) -> None:
+def clear(plan: Plan, error: BaseException, *, keep_folder: bool) -> None:
     """Remove a run directory in which nothing was measured; launched servers' logs are kept beside it."""
     kept = []
     for log in sorted(plan.run_dir.glob("server*.log")):
@@ -270,7 +272,8 @@ async def _send_all(
 ) -> None:
     """Dispatch every request at its time and wait for all answers; cancelled, abort what is in flight."""
     options, served, rows = plan.options, state.prepared.served, state.trace.rows(named=True)
-    salt, instances = _salt(state), route(state.trace, len(served))
+    salt, routes = _salt(state), Router(options.router, len(served)).assign(state.trace).tolist()
+    in_flight = [0] * len(served)
     clients = [CompletionsClient(session, server.base_url, options.request_timeout_s) for server in served]
     caps = Caps(options.max_concurrency, options.max_rate_rps)
     prefix = run_prefix(state.manifest) if state.prepared.followers else ""
@@ -280,16 +283,19 @@ async def _send_all(
         ids = prompt_ids(
             salt, row["request_id"], row["input_tokens"], row.get("prefix_hashes") or (), plan.block_tokens
         )
-        return completion_body(served[instances[i]].model, ids, row["output_tokens"], exact=options.exact)
+        return completion_body(served[0].model, ids, row["output_tokens"], exact=options.exact)
 
     async def send(i: int, body: bytes) -> None:
         row = rows[i]
-        record = Record(row["request_id"], instances[i], schedule_ns[i], row["output_tokens"])
+        instance = in_flight.index(min(in_flight)) if routes[i] == LEAST_LOADED else routes[i]
+        record = Record(row["request_id"], instance, schedule_ns[i], row["output_tokens"])
+        in_flight[instance] += 1
         try:
             async with caps.open():
                 store.start(record)
-                await clients[instances[i]].send(record, body, f"{prefix}-{record.request_id}" if prefix else None)
+                await clients[instance].send(record, body, f"{prefix}-{record.request_id}" if prefix else None)
         finally:
+            in_flight[instance] -= 1
             store.end(record)
 
     await dispatch(schedule_ns, prepare_body, send)

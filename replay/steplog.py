@@ -1,14 +1,10 @@
-"""Follow the log of vLLM's step recorder (`replay/vllm_ext`) and write `steps.parquet` and `segments.parquet`.
+"""Follow the log of vLLM's step recorder (`replay/vllm_ext`) and write the tables steps, segments and arrivals.
 
 `StepFollower` starts `python -m replay.steplog`, which reads what the engine appends and writes parts a second apart;
 it reads to the log's end when its standard input closes, which happens on every way that replay can end.
 """
 
-import contextlib
-import json
-import os
 import re
-import select
 import signal
 import struct
 import sys
@@ -21,14 +17,15 @@ from typing import Any, Self
 import msgspec
 import numpy as np
 
-from replay.child import Child
-from replay.clock import NS_PER_S, now_ns
+from replay.child import Child, parent_left, say
+from replay.clock import NS_PER_MS, NS_PER_S, now_ns
 from replay.steps import Kind, Part, StepWriter, part_prefix, totals
 from tracegen.errors import ReplayError, WattraceError
 
-FORMAT = 1  # of the log
+FORMATS = (1, 2)  # of the log; 1 says nothing of arrivals
+_ARRIVAL_FIELDS = 2  # a step has more
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
-_POLL_S = 0.2
+_POLL_NS = 200 * NS_PER_MS
 _FLUSH_NS = NS_PER_S
 _LENGTH = struct.Struct("<I")
 # What vLLM makes of the header `X-Request-Id: 3f2a9c1d-17` (run, request): the prompt's number and, in the engine, a
@@ -120,6 +117,11 @@ class StepLogDecoder:
         if isinstance(frame, dict):
             self._describe(frame)
             return
+        if len(frame) == _ARRIVAL_FIELDS:
+            engine_id, arrival_ns = frame
+            if arrival_ns >= self._since_ns:
+                self._writer.arrive(self._request_id(engine_id), arrival_ns)
+            return
         step, start_ns, end_ns, waiting, kv_usage, cost_ns, body, news, ended = frame
         ours = end_ns >= self._since_ns
         for number, engine_id, until in news:
@@ -142,10 +144,10 @@ class StepLogDecoder:
         if "failed" in frame:
             self.failed = str(frame["failed"])
             return
-        if frame.get("wattrace_steps") != FORMAT:
+        if frame.get("wattrace_steps") not in FORMATS:
             raise ReplayError(
-                f"the step log has format {frame.get('wattrace_steps')}, this program reads {FORMAT}; restart vLLM "
-                "with what this program's 'replay vllm-args' prints"
+                f"the step log has format {frame.get('wattrace_steps')}, this program reads {FORMATS[0]} to "
+                f"{FORMATS[-1]}; restart vLLM with what this program's 'replay vllm-args' prints"
             )
         here = _BOOT_ID.read_text().strip() if _BOOT_ID.exists() else None
         if frame.get("boot_id") != here:
@@ -161,12 +163,16 @@ class StepLogDecoder:
         if (known := self._requests.get(number)) is not None:  # goes on after a preemption
             known.prefill_until = until
             return
+        self._requests[number] = _Request(self._request_id(engine_id) if ours else None, until)
+
+    def _request_id(self, engine_id: str) -> int | None:
+        """Which of our requests the engine calls `engine_id`; None where it is not ours."""
         match = self._ours.fullmatch(engine_id)
-        request_id = int(match[1]) if ours and match and int(match[1]) <= _LARGEST_ID else None
+        if match is None or int(match[1]) > _LARGEST_ID:
+            return None
         # Whoever sends one of our ids again is not us.
-        if request_id is not None and self._engine_ids.setdefault(request_id, engine_id) != engine_id:
-            request_id = None
-        self._requests[number] = _Request(request_id, until)
+        first = self._engine_ids.setdefault(int(match[1]), engine_id)
+        return int(match[1]) if first == engine_id else None
 
     def _go_on(self) -> tuple[list[int], list[int], list[int]]:
         numbers, tokens, contexts = self._step
@@ -216,7 +222,7 @@ class StepFollower:
         """
         last = await self._child.stop()
         if not last and self.error is None:
-            for table in ("steps", "segments"):
+            for table in ("steps", "segments", "arrivals"):
                 for part in (self._run_dir / f"{table}.parquet").glob(f"{part_prefix(self._instance)}-*"):
                     part.unlink()
             self._child = Child("replay.steplog", *self._arguments)
@@ -240,32 +246,21 @@ def follow(folder: Path, run_dir: Path, instance: int, since_ns: int, run: str) 
         raise ReplayError(decoder.failed)
     if decoder.settings is None:
         raise ReplayError(f"{folder}: its newest *.steps file is no step log; is this the folder given to vLLM?")
-    _say(summary(decoder))
+    say(summary(decoder))
     next_flush_ns = now_ns() + _FLUSH_NS
     open_ = True
     while open_:
-        open_ = not _stdin_closed()
+        open_ = not parent_left(now_ns() + _POLL_NS)
         _feed(decoder, reader)
         if now_ns() >= next_flush_ns or not open_:
             writer.write(writer.take())
             next_flush_ns = now_ns() + _FLUSH_NS
-    _say(summary(decoder))
+    say(summary(decoder))
 
 
 def _feed(decoder: StepLogDecoder, reader: StepLogReader) -> None:
     for frame in reader.frames():
         decoder.feed(frame)
-
-
-def _stdin_closed() -> bool:
-    """Wait a little for stdin to close; whether it has."""
-    readable, _, _ = select.select([0], [], [], _POLL_S)
-    return bool(readable) and os.read(0, 4096) == b""
-
-
-def _say(message: dict[str, Any]) -> None:
-    with contextlib.suppress(BrokenPipeError):
-        print(json.dumps(message), flush=True)  # noqa: T201 - the answer to the parent
 
 
 def _main(argv: list[str]) -> None:
@@ -275,7 +270,7 @@ def _main(argv: list[str]) -> None:
     try:
         follow(Path(folder), Path(run_dir), int(instance), int(since_ns), run)
     except WattraceError as error:
-        _say({"error": str(error)})
+        say({"error": str(error)})
 
 
 if __name__ == "__main__":

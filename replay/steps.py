@@ -1,4 +1,4 @@
-"""Writes what an engine did: one row a step, and who was in which steps, run-length coded.
+"""Writes what an engine did: one row a step, who was in which steps, run-length coded, and when requests arrived.
 
 Each flush ends the open segments; the next step opens new ones. So a killed engine loses at most the time since the
 last flush, and what is left can be attributed.
@@ -11,11 +11,12 @@ from typing import Literal, NamedTuple, Protocol
 
 import polars as pl
 
-from replay.rundir import SEGMENTS, STEPS, PartWriter
+from replay.rundir import ARRIVALS, SEGMENTS, STEPS, PartWriter
 from tracegen.errors import ReplayError
 
 Kind = Literal["prefill", "decode"]
-SIM_CLOCK = pl.Schema({"clock_mhz": pl.Float64()})  # the SM clock of a simulated step, for the truth of such runs
+# Of a simulated step, for the truth of such runs: the locked SM clock, and what leakage multiplied its power with.
+SIM_STEP = pl.Schema({"clock_mhz": pl.Float64(), "heat": pl.Float64()})
 
 
 class EngineRequest(Hashable, Protocol):
@@ -78,6 +79,7 @@ class Rows(NamedTuple):
 
     steps: list[tuple[int | float, ...]]
     segments: list[_Segment]
+    arrivals: list[tuple[int, int | None, int]]
 
 
 def part_prefix(instance: int) -> str:
@@ -97,7 +99,7 @@ class StepWriter:
         prefix = part_prefix(instance)
         if any(run_dir.glob(f"steps.parquet/{prefix}-*")):
             raise ReplayError(f"{run_dir} already has steps of instance {instance}; record into another directory")
-        self._instance = instance
+        self._run_dir, self._prefix, self._instance = run_dir, prefix, instance
         self._schema = pl.Schema({**STEPS, **(extra or {})})
         try:
             self._writers = {name: PartWriter(run_dir, name, prefix=prefix) for name in ("steps", "segments")}
@@ -105,7 +107,7 @@ class StepWriter:
             raise ReplayError(
                 f"{run_dir} cannot be written ({error.strerror}); record into another directory"
             ) from None
-        self._rows = Rows([], [])
+        self._rows = Rows([], [], [])
         self._open: dict[EngineRequest, _Segment] = {}
         self._step = 0
 
@@ -134,13 +136,17 @@ class StepWriter:
                 self._open[request] = segment
                 self._rows.segments.append(segment)
 
+    def arrive(self, request_id: int | None, arrival_ns: int) -> None:
+        """Record that the engine got a request; None: warm-up or not ours."""
+        self._rows.arrivals.append((self._instance, request_id, arrival_ns))
+
     def skip(self, steps: int) -> None:
         """Leave a gap of `steps` that are not known."""
         self._step += steps
 
     def take(self) -> Rows:
         """What was recorded since the last call, ready for `write`; steps that follow go to new rows."""
-        rows, self._rows = self._rows, Rows([], [])
+        rows, self._rows = self._rows, Rows([], [], [])
         self._open.clear()
         return rows
 
@@ -150,3 +156,7 @@ class StepWriter:
         columns = {name: [getattr(s, name) for s in rows.segments] for name in SEGMENTS if name != "instance"}
         segments = pl.DataFrame({"instance": [self._instance] * len(rows.segments), **columns}, schema=SEGMENTS)
         self._writers["segments"].append(segments)
+        if rows.arrivals:
+            if "arrivals" not in self._writers:  # an engine that does not say has no such table
+                self._writers["arrivals"] = PartWriter(self._run_dir, "arrivals", prefix=self._prefix)
+            self._writers["arrivals"].append(pl.DataFrame(rows.arrivals, schema=ARRIVALS, orient="row"))

@@ -7,8 +7,10 @@ import numpy as np
 import polars as pl
 
 from replay.clock import NS_PER_MS, NS_PER_S
+from replay.gpu.baseline import fell_back
 from replay.rundir import Run
 
+_NEEDED = ("status", "sent_ns", "first_token_ns", "last_token_ns", "output_tokens")
 _EDGE_NS = NS_PER_S // 5  # what a counter may miss at either edge of the window
 
 
@@ -16,7 +18,8 @@ def summarize(run_dir: Path) -> dict[str, Any]:
     """Counts, latencies in ms, power in W and energy in J of the run in `run_dir`; None where nothing was measured."""
     run = Run.open(run_dir)
     manifest = run.manifest
-    requests = run.scan("requests").collect()
+    # Only what is needed: a run in virtual time can have millions of rows.
+    requests = run.scan("requests", _NEEDED).collect()
     start_ns, end_ns = manifest["measure_start_ns"], manifest["measure_end_ns"]
     seconds = (end_ns - start_ns) / NS_PER_S
     ok = requests.filter(pl.col("status") == "ok")
@@ -66,7 +69,7 @@ def _counter_j(run: Run, gpus: list[int], start_ns: int, end_ns: int) -> tuple[f
     if not gpus or not run.has("power"):
         return None, "no power was read"
     known = pl.col("gpu").is_in(gpus) & pl.col("energy_mj").is_not_null()
-    readings = run.scan("power").filter(known).select("gpu", "t_ns", "energy_mj").sort("t_ns").collect()
+    readings = run.scan("power", ["gpu", "t_ns", "energy_mj"]).filter(known).sort("t_ns").collect()
     gained_mj = 0.0
     for gpu in gpus:
         t_ns, counter_mj = readings.filter(pl.col("gpu") == gpu).select("t_ns", pl.col("energy_mj").cast(pl.Int64))
@@ -79,7 +82,7 @@ def _counter_j(run: Run, gpus: list[int], start_ns: int, end_ns: int) -> tuple[f
                 f"the energy counter of GPU {gpu} was read from {since_s:.1f} s to {until_s:.1f} s of the run only",
             )
         around = t_ns.is_between(start_ns - NS_PER_S, end_ns + NS_PER_S)
-        if (counter_mj.filter(around).diff() < 0).any():
+        if fell_back(counter_mj.filter(around)):
             return None, f"the energy counter of GPU {gpu} fell back (wrap-around or reset)"
         start_mj, end_mj = np.interp([start_ns, end_ns], t_ns.to_numpy(), counter_mj.to_numpy())
         gained_mj += end_mj - start_mj

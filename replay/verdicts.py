@@ -8,12 +8,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import polars as pl
 
 from replay.clock import NS_PER_MS
+from replay.gpu.baseline import fell_back
+
+FloatArray = npt.NDArray[np.float64]
+IntArray = npt.NDArray[np.int64]
 
 LAG_BOUND_MS = 10.0  # p99; a fiftieth of the tightest usual TTFT target
 STALL_BOUND_MS = 100.0
+SENSOR_GAP_NS = 500 * NS_PER_MS  # readings farther apart leave what lies between unread
 SENSOR_BOUND = 0.95  # share of the sensor's updates that were seen
 CLOCK_BOUND = 0.99  # share of the readings at the clock asked for
 CLOCK_TOLERANCE_MHZ = 15  # one step of the grid that NVIDIA clocks stand on
@@ -75,8 +81,13 @@ def all_answered(requests: pl.DataFrame, planned: int) -> Verdict:
     ok = requests.filter(pl.col("status") == "ok").height
     counts = requests.filter(pl.col("status") != "ok").group_by("status").len().sort("len", descending=True).rows()
     unsent = planned - requests.height
-    parts = [f"{count} {status}" for status, count in counts] + [f"{unsent} not sent"] * (unsent > 0)
-    why = f"{ok} of {planned} requests ok" + (f": {', '.join(parts)}" if parts else "")
+    others = [f"{count} {status}" for status, count in counts] + [f"{unsent} not sent"] * (unsent > 0)
+    return answered(ok, planned, others)
+
+
+def answered(ok: int, planned: int, others: Sequence[str]) -> Verdict:
+    """`all_answered` from the count of good requests; `others` says what became of the rest."""
+    why = f"{ok} of {planned} requests ok" + (f": {', '.join(others)}" if others else "")
     return Verdict("all_answered", ok == planned, ok / planned, 1.0, why)
 
 
@@ -90,7 +101,12 @@ def lengths_exact(requests: pl.DataFrame, trace: pl.DataFrame) -> Verdict:
     wrong = both.filter(
         (pl.col("output_tokens") != pl.col("output_tokens_wanted")) | (pl.col("input_tokens") != pl.col("input_wanted"))
     ).height
-    why = f"{wrong} of {both.height} requests differ from the trace in input or output tokens"
+    return lengths(wrong, both.height)
+
+
+def lengths(wrong: int, requests: int) -> Verdict:
+    """`lengths_exact` from the count of requests, and of those that differ from the trace."""
+    why = f"{wrong} of {requests} requests differ from the trace in input or output tokens"
     return Verdict("lengths_exact", wrong == 0, float(wrong), 0.0, why)
 
 
@@ -106,18 +122,28 @@ def saturated(requests: pl.DataFrame) -> Verdict:
     )
     requests = requests.filter(~failed)
     sent = np.sort(requests["sent_ns"].drop_nulls().to_numpy())
-    if len(sent) < 20 or sent[0] == sent[-1]:
+    first = np.sort(requests["first_token_ns"].drop_nulls().to_numpy())
+    at_ns = backlog_grid_ns(sent[0], sent[-1]) if len(sent) else np.zeros(1)
+    waiting = np.searchsorted(sent, at_ns, "right") - np.searchsorted(first, at_ns, "right")
+    return saturation(len(sent), at_ns, waiting)
+
+
+def backlog_grid_ns(first_ns: int, last_ns: int) -> FloatArray:
+    """When `saturated` counts who waits for a first token, where requests are sent from `first_ns` to `last_ns`."""
+    return np.linspace(first_ns, last_ns, 200)
+
+
+def saturation(sent: int, at_ns: FloatArray, waiting: IntArray) -> Verdict:
+    """`saturated` from how many requests were `waiting` at each moment of its grid, of as many as were `sent`."""
+    if sent < 20 or at_ns[0] == at_ns[-1]:
         why = "fewer than 20 requests, or all sent at one moment, tell nothing"
         return Verdict("saturated", None, None, BACKLOG_GROWTH_BOUND, why)
-    first = np.sort(requests["first_token_ns"].drop_nulls().to_numpy())
-    at = np.linspace(sent[0], sent[-1], 200)
-    backlog = np.searchsorted(sent, at, "right") - np.searchsorted(first, at, "right")
-    rate = (len(sent) - 1) / ((sent[-1] - sent[0]) / 1e9)
-    slope = np.polyfit((at - at[0]) / 1e9, backlog, 1)[0]
+    at_s = (at_ns - at_ns[0]) / 1e9
+    rate = (sent - 1) / at_s[-1]
+    slope = np.polyfit(at_s, waiting, 1)[0]
     growth = float(slope / rate)
-    gained = slope * (at[-1] - at[0]) / 1e9
-    full = growth > BACKLOG_GROWTH_BOUND and gained > BACKLOG_MIN
-    why = f"{backlog[-1]:.0f} requests waited for a first token at the last send; backlog grew by {growth:.1%} of them"
+    full = growth > BACKLOG_GROWTH_BOUND and slope * at_s[-1] > BACKLOG_MIN
+    why = f"{waiting[-1]:.0f} requests waited for a first token at the last send; backlog grew by {growth:.1%} of them"
     return Verdict("saturated", not full, growth, BACKLOG_GROWTH_BOUND, f"{'' if full else 'not '}saturated: {why}")
 
 
@@ -129,10 +155,15 @@ def clocks_held(power: pl.DataFrame | None, gpus: Sequence[int], locked_mhz: int
     if readings is None or readings.is_empty():
         return Verdict("clocks_held", False, None, CLOCK_BOUND, "no clock was read")
     off = (readings["sm_clock_mhz"].cast(pl.Int64) - locked_mhz).abs() > CLOCK_TOLERANCE_MHZ
-    share = 1 - float(off.sum()) / off.len()
     reasons = 0
     for value in readings["throttle_reasons"].drop_nulls().unique():
         reasons |= value
+    return clocks(locked_mhz, int(off.sum()), off.len(), reasons)
+
+
+def clocks(locked_mhz: int, off: int, readings: int, reasons: int) -> Verdict:
+    """`clocks_held` from the count of readings and of those that were off; `reasons`: NVML's bits in any of them."""
+    share = 1 - off / readings
     named = throttle_reasons(reasons)
     why = f"{share:.1%} of readings within {CLOCK_TOLERANCE_MHZ} MHz of {locked_mhz} MHz"
     return Verdict("clocks_held", share >= CLOCK_BOUND, share, CLOCK_BOUND, why + "".join(f"; {n}" for n in named))
@@ -150,19 +181,23 @@ def sensor_alive(power: pl.DataFrame | None, gpus: Sequence[int], start_ns: int,
     """
     if power is None or not gpus:
         return Verdict("sensor_alive", None, None, None, "no power was read: name the server's GPUs with --gpus")
-    gap_ns = 500 * NS_PER_MS
     told = power.filter(~pl.all_horizontal(pl.col("power_instant_mw", "power_average_mw", "energy_mj").is_null()))
     worst, silent = 1.0, ""
     for gpu in gpus:
         t = told.filter((pl.col("gpu") == gpu) & pl.col("t_ns").is_between(start_ns, end_ns))["t_ns"].sort().to_numpy()
         times = np.concatenate([[start_ns], t, [end_ns]])
         gaps = np.diff(times)
-        share = 1 - float(gaps[gaps > gap_ns].sum()) / max(1, end_ns - start_ns)
+        share = 1 - float(gaps[gaps > SENSOR_GAP_NS].sum()) / max(1, end_ns - start_ns)
         if share < SENSOR_BOUND:
             longest = int(np.argmax(gaps))
             since_s, until_s = ((times[i] - start_ns) / 1e9 for i in (longest, longest + 1))
             silent += f"; GPU {gpu} was not read from {since_s:.1f} s to {until_s:.1f} s of the run"
         worst = min(worst, share)
+    return coverage(worst, silent)
+
+
+def coverage(worst: float, silent: str = "") -> Verdict:
+    """`sensor_alive` from the share of the window that is covered on the GPU that was read worst."""
     why = f"{worst:.1%} of the run is covered by readings no more than 0.5 s apart{silent}"
     return Verdict("sensor_alive", worst >= SENSOR_BOUND, worst, SENSOR_BOUND, why)
 
@@ -176,7 +211,7 @@ def counter_agrees(power: pl.DataFrame | None, gpus: Sequence[int], start_ns: in
     inside = inside.filter(pl.col("energy_mj").is_not_null() & pl.col("power_instant_mw").is_not_null())
     counter_j = sampled_j = 0.0
     for readings in inside.partition_by("gpu"):
-        if (readings["energy_mj"].cast(pl.Int64).diff() < 0).any():
+        if fell_back(readings["energy_mj"]):
             why = f"the energy counter of GPU {readings['gpu'][0]} fell back (wrap-around or reset): it tells no energy"
             return Verdict(name, False, None, COUNTER_BOUND, why)
         # From one update of the counter to another: between two it stands still while power is drawn.
@@ -189,6 +224,12 @@ def counter_agrees(power: pl.DataFrame | None, gpus: Sequence[int], start_ns: in
         # A reading stands for the time since the one before it.
         sampled_j += float((watts[1:] * np.diff(t_s)).sum())
         counter_j += (frame["energy_mj"][-1] - frame["energy_mj"][0]) / 1e3
+    return counter(counter_j, sampled_j)
+
+
+def counter(counter_j: float, sampled_j: float) -> Verdict:
+    """`counter_agrees` from the energy that either tells of."""
+    name = "counter_agrees"
     if counter_j <= 0:
         return Verdict(name, None, None, COUNTER_BOUND, "the GPU has no energy counter, or no instant power")
     off = abs(sampled_j - counter_j) / counter_j
@@ -225,5 +266,11 @@ def steps_complete(steps: pl.DataFrame | None, segments: pl.DataFrame | None, re
         scheduled, on="request_id", how="left"
     )
     short = ok.filter(pl.col("tokens").fill_null(0) < need).height
-    why = f"{steps.height:,} steps; {gaps} missing, {short} of {ok.height} requests with tokens in no step"
+    return completeness(steps.height, gaps, short, ok.height)
+
+
+def completeness(steps: int, gaps: int, short: int, requests: int) -> Verdict:
+    """`steps_complete` from the steps' count, those missing, and the requests of which a token was in no step."""
+    name = "steps_complete"
+    why = f"{steps:,} steps; {gaps} missing, {short} of {requests} requests with tokens in no step"
     return Verdict(name, gaps == 0 and short == 0, float(gaps + short), 0.0, why)

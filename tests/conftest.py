@@ -8,6 +8,10 @@ import time
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("untimed", settings(), deadline=None)  # a busy machine is no failure
+settings.load_profile("untimed")
 
 COMPILER = shutil.which("cc")
 SOURCES = Path(__file__).parent / "replay" / "gpu"
@@ -85,6 +89,26 @@ def until():
         return value
 
     return until
+
+
+@pytest.fixture(scope="session")
+def virtual_run():
+    """Serve a trace (frame or file) in virtual time into a run directory; the run, opened."""
+
+    def virtual_run(path, trace, **options):
+        from replay.live import QuietProgress
+        from replay.plan import RunOptions
+        from replay.rundir import Run
+        from replay.virtual.run import run_virtual
+        from tracegen.schema import write_trace
+
+        if not isinstance(trace, Path):
+            frame, trace = trace, path.with_name(f"{path.name}.trace.parquet")
+            write_trace(frame, trace, {"generator": "test"})
+        asked = {"tp": 2, "freq_mhz": 1980, "idle_ns": 2 * 10**9, "truth": False, **options}
+        return Run.open(run_virtual(RunOptions(trace, virtual=True, output=path, **asked), QuietProgress()))
+
+    return virtual_run
 
 
 @pytest.fixture

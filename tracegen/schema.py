@@ -195,12 +195,16 @@ def write_trace(frame: pl.DataFrame, path: str | Path, metadata: Mapping[str, An
     path = Path(path)
     _check_blocks(frame, metadata, path)
     table = check_trace(frame, str(path)).rechunk().to_arrow(compat_level=pl.CompatLevel.oldest())
-    keys = {"schema_version": str(metadata.get("schema_version", SCHEMA_VERSION))}
-    keys |= {key: _as_text(metadata[key]) for key in sorted(metadata) if key != "schema_version"}
     try:
-        write_parquet(table.replace_schema_metadata(keys), path)
+        write_parquet(table.replace_schema_metadata(file_metadata(metadata)), path)
     except OSError as error:
         raise TraceError(f"{path}: cannot be written ({error.strerror or error}); choose another output") from None
+
+
+def file_metadata(metadata: Mapping[str, Any]) -> dict[str, str]:
+    """`metadata` (JSON values) as a trace's file keeps it."""
+    keys = {"schema_version": str(metadata.get("schema_version", SCHEMA_VERSION))}
+    return keys | {key: _as_text(metadata[key]) for key in sorted(metadata) if key != "schema_version"}
 
 
 def save_trace(

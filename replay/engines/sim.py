@@ -11,6 +11,7 @@ from replay.engines.attach import ask_models
 from replay.engines.base import Served
 from replay.engines.process import ServerProcess
 from replay.rundir import has_table, scan_table
+from replay.sim.arguments import capped
 from replay.sim.hardware import Hardware
 from replay.sim.truth import shapley_truth
 
@@ -33,22 +34,30 @@ class SimEngine:
         log: Path,
         timeout_s: float,
         progress: Callable[[str], None],
+        *,
+        vllm_args: Sequence[str] = (),
+        power_cap_w: float | None = None,
     ) -> None:
-        """`board` is the simulated driver's file; steps and segments are recorded into `run_dir`."""
-        self._hardware = hardware
+        """`board` is the simulated driver's file; steps and segments are recorded into `run_dir`.
+
+        `hardware` has `vllm_args` in it already; the server has to be told them. `power_cap_w` is on the board.
+        """
+        self._hardware = Hardware(capped(hardware.profile, power_cap_w), hardware.tp)
         self._base_url = f"http://127.0.0.1:{port}"
         self._model, self._timeout_s, self._progress = model, timeout_s, progress
-        arguments = {
+        arguments: dict[str, object] = {
             "--port": port,
             "--tp": hardware.tp,
             "--gpus": ",".join(map(str, gpus)),
             "--board": board,
             "--record": run_dir,
             "--instance": instance,
-            "--profile": hardware.profile.name,
-            "--model": model,
+            "--hardware": hardware.profile.hardware,
+            "--model": hardware.profile.model_name,
+            "--served-model-name": model,
         }
         argv = [sys.executable, "-m", "replay.sim.server", *(str(part) for pair in arguments.items() for part in pair)]
+        argv += [f"--vllm-arg={argument}" for argument in vllm_args]
         self.command = argv
         self._server = ServerProcess("the simulated engine", argv, log)
 

@@ -2,10 +2,9 @@
 
 import json
 import os
-import re
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,7 +16,7 @@ import replay.vllm_ext
 from replay.engines.attach import ask_models
 from replay.engines.base import Served
 from replay.engines.process import ServerProcess
-from replay.vllm_ext.wattrace_steps import OLDEST, unsupported
+from replay.vllm_ext.wattrace_steps import OLDEST, release, unsupported
 from tracegen.errors import ReplayError
 
 DEFAULT_MODEL = "Qwen/Qwen3-8B"  # ungated, Apache-2.0, fits one 24 GB card in bf16
@@ -63,7 +62,7 @@ class VllmLaunch:
 
     def command(self) -> list[str]:
         """The whole command line."""
-        recorder = recorder_arguments() if self.steps is not None else []
+        recorder = RECORDER_ARGUMENTS if self.steps is not None else []
         return [
             self.python or sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", self.model,
             "--host", "127.0.0.1", "--port", str(self.port), "--tensor-parallel-size", str(self.tp),
@@ -80,11 +79,7 @@ class VllmLaunch:
 
 # Our request ids in the engine's records, and each answer's count of tokens that the prefix cache held.
 REQUEST_ARGUMENTS = ["--enable-request-id-headers", "--enable-prompt-tokens-details"]
-
-
-def recorder_arguments() -> list[str]:
-    """What `vllm serve` needs besides, to record its steps."""
-    return ["--scheduler-cls", "wattrace_steps.scheduler"]
+RECORDER_ARGUMENTS = ["--scheduler-cls", "wattrace_steps.scheduler"]  # besides, to record its steps
 
 
 def recorder_environment(steps: Path) -> dict[str, str]:
@@ -105,9 +100,7 @@ def inspect_vllm(python: str | None) -> dict[str, str]:
     """
     python = python or sys.executable
     try:
-        done = subprocess.run(
-            [python, "-c", _INSPECT], capture_output=True, text=True, timeout=_INSPECT_S, check=True
-        )  # fmt: skip
+        done = subprocess.run([python, "-c", _INSPECT], capture_output=True, text=True, timeout=_INSPECT_S, check=True)
         found: dict[str, str] = json.loads(done.stdout)
     except (OSError, subprocess.SubprocessError, ValueError) as error:
         raise ReplayError(f"--vllm-python {python}: is no Python that can be run ({error})") from None
@@ -122,8 +115,8 @@ def check_version(version: str, *, record_steps: bool) -> str | None:
     Raises `ReplayError` for a vLLM older than all that the recorder knows: such a run would tell too little.
     """
     why = unsupported(version) if record_steps else None
-    match = re.match(r"(\d+)\.(\d+)", version)
-    if why is not None and match is not None and (int(match[1]), int(match[2])) < OLDEST:
+    found = release(version)
+    if why is not None and found is not None and found < OLDEST:
         raise ReplayError(f"{why}; upgrade vLLM, or go without engine steps with --no-record-steps")
     return why
 
@@ -135,10 +128,16 @@ def check_arguments(arguments: Sequence[str]) -> None:
         if name.startswith("-") and len(name.split()) > 1:
             first = name.split()[0]
             raise ReplayError(f"--vllm-arg '{first} ...': two words in one; give --vllm-arg={first}=VALUE")
-        # vLLM's parser takes unique beginnings of an option for the option.
-        own = next((o for o in _OWN if o == name or (len(name) > 4 and o.startswith(name.replace("_", "-")))), None)
+        own = _meant(name, _OWN)
         if own is not None:
             raise ReplayError(f"--vllm-arg {argument}: replay sets {own} itself; {_OWN[own]}")
+
+
+def _meant(name: str, options: Iterable[str]) -> str | None:
+    """Which of `options` `name` is; vLLM's parser takes unique beginnings and underscores for the option too."""
+    spelled = name.replace("_", "-")
+    # "--" and up to two letters more begin too many options to be a unique beginning.
+    return next((o for o in options if o == name or (len(name) > 4 and o.startswith(spelled))), None)
 
 
 def take_secrets(arguments: Sequence[str]) -> tuple[list[str], dict[str, str]]:
@@ -150,14 +149,11 @@ def take_secrets(arguments: Sequence[str]) -> tuple[list[str], dict[str, str]]:
     words = iter(arguments)
     for word in words:
         name, given, value = word.partition("=")
-        # vLLM's parser takes unique beginnings of an option for the option.
-        variable = next(
-            (v for o, v in _SECRETS.items() if len(name) > 5 and o.startswith(name.replace("_", "-"))), None
-        )
-        if variable is None:
+        secret = _meant(name, _SECRETS)
+        if secret is None:
             rest.append(word)
         else:
-            secrets[variable] = value if given else next(words, "")
+            secrets[_SECRETS[secret]] = value if given else next(words, "")
     return rest, secrets
 
 
@@ -173,7 +169,7 @@ class VllmEngine:
         self._base_url = f"http://127.0.0.1:{launch.port}"
         self._api_key = take_secrets(launch.arguments)[1].get("VLLM_API_KEY") or os.environ.get("VLLM_API_KEY")
         self._timeout_s, self._progress = timeout_s, progress
-        self._server = ServerProcess("vLLM", launch.command(), launch.log, launch.environment())
+        self._server = ServerProcess("vLLM", self.command, launch.log, launch.environment())
 
     async def __aenter__(self) -> Self:
         """Start the server."""

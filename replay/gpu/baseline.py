@@ -30,10 +30,15 @@ def idle_power_w(power: pl.DataFrame, gpu: int, start_ns: int, end_ns: int) -> d
     return result
 
 
+def fell_back(counter_mj: pl.Series) -> bool:
+    """Whether an energy counter wrapped around, or its driver was loaded anew, between its readings in time's order."""
+    return bool((counter_mj.cast(pl.Int64).diff() < 0).any())  # unsigned, each difference would be positive
+
+
 def _counter_w(readings: pl.DataFrame) -> float | None:
     """The slope of the energy counter in W; None where it tells nothing."""
     counted = readings.filter(pl.col("energy_mj").is_not_null())
-    if (counted["energy_mj"].cast(pl.Int64).diff() < 0).any():  # it wrapped around, or the driver was loaded anew
+    if fell_back(counted["energy_mj"]):
         return None
     # The first row's shift is null: it is dropped as it must be.
     steps = counted.filter(pl.col("energy_mj") != pl.col("energy_mj").shift(1))

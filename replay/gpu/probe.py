@@ -63,8 +63,7 @@ def probe_gpus(
 
     Raises `GpuError` when a GPU, or with load CUDA, cannot be reached, and when a profile cannot be written.
     """
-    gpus = open_gpus(spec)
-    try:
+    with contextlib.closing(open_gpus(spec)) as gpus:
         indices = [device.gpu for device in gpus.devices()] if indices is None else indices
         infos = [_info(gpus, gpu) for gpu in indices]
         if output is not None and len(infos) != 1:
@@ -77,8 +76,6 @@ def probe_gpus(
                 profile = probe(gpus, info.gpu, load, idle_s=idle_s, seconds=seconds, say=say)
             found.append((profile, save_profile(profile, output)))
         return found
-    finally:
-        gpus.close()
 
 
 def probe(

@@ -8,10 +8,7 @@ rows without values, one a try, while the others are read on.
 
 import asyncio
 import contextlib
-import json
 import math
-import os
-import select
 import signal
 import sys
 from collections.abc import Sequence
@@ -21,9 +18,9 @@ from typing import Any, Self
 
 import polars as pl
 
-from replay.child import Child
+from replay.child import Child, parent_left, say
 from replay.clock import NS_PER_MS, NS_PER_S, now_ns
-from replay.gpu.base import PowerSource, Reading, Sensor, open_power
+from replay.gpu.base import PowerSource, Reading, open_power
 from replay.gpu.rapl import POWERCAP, CpuEnergy
 from replay.gpu.sensor_profiles import known_sensors
 from replay.rundir import CPU_ENERGY, POWER, PartWriter
@@ -169,7 +166,7 @@ class _Loop:
         self._cpu_writer = PartWriter(run_dir, "cpu_energy") if cpu else None
         self._rows: list[tuple[Any, ...]] = []
         self._cpu_rows: list[tuple[Any, ...]] = []
-        periods = {g: s.period_ns for g in indices if (s := _instant(gpus, g)) is not None}
+        periods = _periods_ns(gpus, indices)
         self._polled = {g: _Polled(UpdateClock(periods.get(g))) for g in indices}
         self._poll_ns = round(min(periods.values(), default=_UNKNOWN_PERIOD_NS) / _POLLS_PER_PERIOD)
         self._written_ns = 0
@@ -178,7 +175,7 @@ class _Loop:
         """Poll until stdin closes; flush at the end. Raises `GpuError` when a GPU's first poll fails."""
         due_ns = next_flush_ns = next_status_ns = next_cpu_ns = now_ns()
         try:
-            while not _stdin_closed(due_ns):
+            while not parent_left(due_ns):
                 for gpu in self._polled:
                     self._poll(gpu)
                 t_ns = now_ns()
@@ -235,21 +232,18 @@ def _next_on_grid(due_ns: int, period_ns: int) -> int:
     return due_ns + period_ns * max(1, math.ceil((now_ns() - due_ns) / period_ns))
 
 
-def _instant(gpus: PowerSource, gpu: int) -> Sensor | None:
-    """How the instant sensor of `gpu` behaves: as probed on this card, else as published."""
-    (info,) = (device for device in gpus.devices() if device.gpu == gpu)
-    return known_sensors(info, gpus.sensors(gpu))[0].get("instant")
-
-
-def _stdin_closed(until_ns: int) -> bool:
-    """Wait for stdin to close, at most until `until_ns`; whether it has."""
-    timeout_s = max(0.0, (until_ns - now_ns()) / NS_PER_S)
-    readable, _, _ = select.select([0], [], [], timeout_s)
-    return bool(readable) and os.read(0, 4096) == b""
+def _periods_ns(gpus: PowerSource, indices: Sequence[int]) -> dict[int, int]:
+    """How often the instant sensors of `indices` update, as probed on this card, else as published; unknown: no key."""
+    known = {
+        device.gpu: known_sensors(device, gpus.sensors(device.gpu))[0]
+        for device in gpus.devices()
+        if device.gpu in indices
+    }
+    return {gpu: sensors["instant"].period_ns for gpu, sensors in known.items() if "instant" in sensors}
 
 
 def _report(t_ns: int, written_ns: int, polled: dict[int, _Polled]) -> None:
-    """Print one status line for the parent."""
+    """Tell the parent how it stands."""
     latest = {gpu: p.latest or Reading() for gpu, p in polled.items()}
     watts = {
         gpu: None if (mw := _first(r.power_instant_mw, r.power_average_mw)) is None else mw / 1000
@@ -263,8 +257,7 @@ def _report(t_ns: int, written_ns: int, polled: dict[int, _Polled]) -> None:
         "throttle_reasons": {gpu: r.throttle_reasons for gpu, r in latest.items()},
         "lost": {gpu: p.lost for gpu, p in polled.items() if p.lost is not None},
     }
-    with contextlib.suppress(BrokenPipeError):
-        print(json.dumps(message), flush=True)  # noqa: T201 - the status line
+    say(message)
 
 
 def _first(*values: int | None) -> int | None:
@@ -277,13 +270,10 @@ def _main(argv: list[str]) -> None:
     spec, indices, run_dir, host, *with_cpu = argv
     try:
         cpu = CpuEnergy.open(Path(with_cpu[1])) if with_cpu else None
-        gpus = open_power(spec)
-        try:
+        with contextlib.closing(open_power(spec)) as gpus:
             _Loop(gpus, [int(gpu) for gpu in indices.split(",")], Path(run_dir), host, cpu).run()
-        finally:
-            gpus.close()
     except WattraceError as error:
-        print(json.dumps({"error": str(error)} | {"watts": {}, "clocks_mhz": {}}), flush=True)  # noqa: T201 - as above
+        say({"error": str(error)})
 
 
 if __name__ == "__main__":

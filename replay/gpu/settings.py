@@ -5,8 +5,8 @@ the run, on an error, on Ctrl-C, and when replay is killed with SIGKILL. Whether
 the readings (`replay.verdicts.clocks_held`).
 
 A clock is given back by unlocking it, for a driver does not tell whether, and at what, it was locked before; a cap by
-restoring the limit that was there before. Should that process itself be killed with SIGKILL, both stay as they are
-until `replay clocks reset`.
+restoring the limit that was there before. Should that process itself be killed with SIGKILL, replay restores both when
+the run ends; where it was killed too, they stay as they are until `replay clocks reset`.
 """
 
 import asyncio
@@ -16,10 +16,10 @@ import select
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, closing
 from typing import Self
 
-from replay.child import Child
+from replay.child import Child, say
 from replay.gpu.base import Gpus, open_gpus
 from tracegen.errors import GpuError, WattraceError
 
@@ -42,8 +42,12 @@ def nearest_clock(gpus: Gpus, indices: Sequence[int], mhz: int) -> int:
     return nearest
 
 
-def check_power_cap(gpus: Gpus, indices: Sequence[int], watts: float) -> None:
-    """Raises `GpuError` when one of the cards cannot be capped at `watts`, with the range that it takes."""
+def check_power_cap(gpus: Gpus, indices: Sequence[int], watts: float) -> dict[int, float]:
+    """The power limit in W that each card has now, to restore after a cap at `watts`.
+
+    Raises `GpuError` when one of the cards cannot be capped at `watts`, with the range that it takes.
+    """
+    limits_w = {}
     for gpu in indices:
         state = gpus.state(gpu)
         # Without the limit that is there now it could not be restored.
@@ -52,6 +56,8 @@ def check_power_cap(gpus: Gpus, indices: Sequence[int], watts: float) -> None:
         low, high = state.power_limit_range_w
         if not low <= watts <= high:
             raise GpuError(f"--power-cap {watts:g}: GPU {gpu} takes {low:g} to {high:g} W; choose a cap in this range")
+        limits_w[gpu] = state.power_limit_w
+    return limits_w
 
 
 class GpuSettings:
@@ -86,19 +92,16 @@ class GpuSettings:
 
 def restore(spec: str, indices: Sequence[int], mhz: int | None, limits_w: Mapping[int, float]) -> str | None:
     """Unlock clocks, if `mhz` was locked, and set power limits to `limits_w`; what was refused, None: nothing."""
-    refused = []
-    gpus = open_gpus(spec)
+    refused: list[str] = []
     try:
-        for gpu in indices:
-            try:
+        with closing(open_gpus(spec)) as gpus:
+            for gpu in indices:
                 if mhz is not None:
-                    gpus.unlock_clock(gpu)
+                    _give_back(refused, "the clock", gpus.unlock_clock, gpu)
                 if gpu in limits_w:
-                    gpus.set_power_limit(gpu, limits_w[gpu])
-            except GpuError as error:
-                refused.append(f"GPU {gpu} is not given back: {error}")
-    finally:
-        gpus.close()
+                    _give_back(refused, "the power limit", gpus.set_power_limit, gpu, limits_w[gpu])
+    except GpuError as error:  # there is no driver any more
+        refused.append(f"clocks and power limits are not given back: {error}")
     return "; ".join(refused) or None
 
 
@@ -107,49 +110,30 @@ def hold(
 ) -> None:
     """Set, say so on stdout, `wait`, restore. Raises `GpuError` with all that was refused, setting or restoring."""
     refused: list[str] = []
-    gpus = open_gpus(spec)
     try:
-        if power_cap_w is not None:
-            check_power_cap(gpus, indices, power_cap_w)
-        limits_w = {gpu: gpus.state(gpu).power_limit_w for gpu in indices} if power_cap_w is not None else {}
-        with ExitStack() as settings:
+        with closing(open_gpus(spec)) as gpus, ExitStack() as settings:
+            limits_w = {} if power_cap_w is None else check_power_cap(gpus, indices, power_cap_w)
             for gpu in indices:
-                _set(gpus, gpu, mhz, power_cap_w, settings, refused)
-            _say({"mhz": mhz, "power_cap_w": power_cap_w, "limits_w": limits_w})
+                if mhz is not None:
+                    gpus.lock_clock(gpu, mhz)
+                    settings.callback(_give_back, refused, "the clock", gpus.unlock_clock, gpu)
+                if power_cap_w is not None:
+                    gpus.set_power_limit(gpu, power_cap_w)
+                    settings.callback(_give_back, refused, "the power limit", gpus.set_power_limit, gpu, limits_w[gpu])
+            say({"mhz": mhz, "power_cap_w": power_cap_w, "limits_w": limits_w})
             wait()
     except GpuError as error:
         refused.insert(0, str(error))
-    finally:
-        gpus.close()
     if refused:
         raise GpuError("; ".join(refused))
 
 
-def _set(
-    gpus: Gpus, gpu: int, mhz: int | None, power_cap_w: float | None, settings: ExitStack, refused: list[str]
-) -> None:
-    """Set clock and cap of `gpu`; `settings` gives each back, and notes in `refused` where that failed."""
-
-    def give_back(what: str, function: Callable[..., None], *arguments: float) -> None:
-        try:
-            function(gpu, *arguments)
-        except GpuError as error:  # one that refuses does not keep the others set
-            refused.append(f"{what} of GPU {gpu} is not given back: {error}")
-
-    if mhz is not None:
-        gpus.lock_clock(gpu, mhz)
-        settings.callback(give_back, "the clock", gpus.unlock_clock)
-    if power_cap_w is not None:
-        before_w = gpus.state(gpu).power_limit_w
-        assert before_w is not None  # or check_power_cap had refused
-        gpus.set_power_limit(gpu, power_cap_w)
-        settings.callback(give_back, "the power limit", gpus.set_power_limit, before_w)
-
-
-def _say(answer: dict[str, object]) -> None:
-    """Tell the parent, which may have died: then there is nobody to tell, and restoring goes on."""
-    with suppress(BrokenPipeError):
-        os.write(1, json.dumps(answer).encode() + b"\n")
+def _give_back(refused: list[str], what: str, function: Callable[..., None], gpu: int, *arguments: float) -> None:
+    """Call `function` for `gpu`; one that refuses is noted in `refused` and does not keep the others set."""
+    try:
+        function(gpu, *arguments)
+    except GpuError as error:
+        refused.append(f"{what} of GPU {gpu} is not given back: {error}")
 
 
 def _main(argv: list[str]) -> None:
@@ -162,7 +146,7 @@ def _main(argv: list[str]) -> None:
     try:
         hold(argv[0], **json.loads(argv[1]), wait=lambda: _wait([0, signalled]))
     except WattraceError as error:
-        _say({"error": str(error)})
+        say({"error": str(error)})
 
 
 def _wait(descriptors: list[int]) -> None:

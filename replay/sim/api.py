@@ -13,6 +13,7 @@ import msgspec
 from replay.sim.hardware import Profile
 
 _DEFAULT_MAX_TOKENS = 16  # OpenAI's and vLLM's for completions
+_MAX_TOKEN_ID = 2**31  # beyond any vocabulary
 _WORDS = [f" word{i}" for i in range(1000)]  # the model's whole vocabulary
 
 
@@ -33,6 +34,7 @@ class CompletionRequest(msgspec.Struct):
     max_tokens: int | None = None
     min_tokens: int = 0
     n: int = 1
+    priority: int = 0
     stream: bool = False
     stream_options: _StreamOptions | None = None
 
@@ -63,6 +65,8 @@ class Completion:
     stream: bool
     include_usage: bool
     continuous_usage: bool
+    token_ids: Sequence[int] | None  # of the prompt; None: it was a text
+    priority: int
 
 
 def parse_completion(body: bytes, model: str, profile: Profile, fits: Callable[[int, int], bool]) -> Completion:
@@ -80,7 +84,8 @@ def parse_completion(body: bytes, model: str, profile: Profile, fits: Callable[[
         raise _bad_request("n must be 1: the simulated engine writes one completion a request")
     if request.stream_options is not None and not request.stream:
         raise _bad_request("Stream options can only be defined when `stream=True`.")
-    prompt_tokens = _count_tokens(request.prompt)
+    prompt = _only(request.prompt)
+    prompt_tokens = len(prompt)
     output_tokens = _DEFAULT_MAX_TOKENS if request.max_tokens is None else request.max_tokens
     if output_tokens < 1:
         raise _bad_request(f"max_tokens must be at least 1, got {output_tokens}.")
@@ -98,33 +103,45 @@ def parse_completion(body: bytes, model: str, profile: Profile, fits: Callable[[
         raise _bad_request(f"{prompt_tokens} + {output_tokens} tokens exceed the whole KV cache of the simulated GPUs.")
     options = request.stream_options or _StreamOptions()
     continuous = options.include_usage and options.continuous_usage_stats
-    return Completion(prompt_tokens, output_tokens, request.stream, options.include_usage, continuous)
+    if request.priority and profile.scheduling_policy != "priority":
+        raise _bad_request(f"Got priority {request.priority} but Priority scheduling is not enabled.")
+    token_ids: Any = prompt if isinstance(prompt[0], int) else None
+    return Completion(
+        prompt_tokens, output_tokens, request.stream, options.include_usage, continuous, token_ids, request.priority
+    )
 
 
 _decode = msgspec.json.Decoder(CompletionRequest).decode
 
 
-def _count_tokens(prompt: _Prompt) -> int:
-    """Tokens of a prompt: token ids as given; of a text, its words. Raises `ApiError` for none or several prompts."""
+def _only(prompt: _Prompt) -> Sequence[int | str | list[int]]:
+    """The one prompt's token ids; of a text, its words. Raises `ApiError` for none or several prompts."""
     only: str | Sequence[int | str | list[int]] = prompt
     if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int):
         if len(prompt) > 1:
             raise _bad_request("prompt must be one prompt: the simulated engine serves one a request")
         only = prompt[0]
-    elif isinstance(prompt, list) and not all(isinstance(token, int) for token in prompt):
-        raise _bad_request("prompt must be a text or a list of token ids")
-    tokens = len(only.split()) if isinstance(only, str) else len(only)
-    if tokens == 0:
+    if not isinstance(only, str) and not all(isinstance(token, int) and 0 <= token < _MAX_TOKEN_ID for token in only):
+        raise _bad_request("prompt must be a text or a list of token ids, none of them negative")
+    words = only.split() if isinstance(only, str) else only
+    if not words:
         raise _bad_request("prompt must not be empty")
-    return tokens
+    return words
 
 
 class Answer:
     """Writes one completion's answer. The parts of an event that do not change are made once."""
 
-    def __init__(self, completion: Completion, completion_id: str, model: str, created_s: int) -> None:
-        """`created_s`: Unix time, as the API states it."""
-        self._completion = completion
+    def __init__(
+        self,
+        completion: Completion,
+        completion_id: str,
+        model: str,
+        created_s: int,
+        cached_tokens: Callable[[], int] = lambda: 0,
+    ) -> None:
+        """`created_s`: Unix time, as the API states it. `cached_tokens`: of the prompt, known with the first token."""
+        self._completion, self._cached_tokens = completion, cached_tokens
         self._head = {"id": completion_id, "object": "text_completion", "created": created_s, "model": model}
         self._prefix = b"data: " + msgspec.json.encode(self._head)[:-1] + b',"choices":[{"index":0,"text":"'
         self._tokens = 0
@@ -164,4 +181,5 @@ class Answer:
             "prompt_tokens": prompt_tokens,
             "total_tokens": prompt_tokens + completion_tokens,
             "completion_tokens": completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": self._cached_tokens()},
         }

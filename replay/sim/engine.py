@@ -8,14 +8,19 @@ request joins only steps that start after it arrived.
 
 import asyncio
 import contextlib
+import math
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from replay.gpu.sim import SimBoard
+from replay.sim.blocks import content_keys
 from replay.sim.hardware import Hardware
 from replay.sim.metrics import Metrics
+from replay.sim.physics import heat, warmed
 from replay.sim.scheduler import Batch, Request, Scheduler
 from replay.steps import StepWriter
 
@@ -57,13 +62,19 @@ class Engine:
         self._stopping = False
         self._free_ns = 0  # the next step may start from here on
         self._idle_clocks_mhz: list[int] = []
+        self._temperature_c = math.nan  # of the GPUs, at `_warm_ns`
+        self._warm_ns = 0
         self.metrics = Metrics()
 
     def submit(self, request: Request) -> Stream:
         """Queue `request`, arriving now. The scheduler must be able to hold it (`Scheduler.fits`)."""
         stream = Stream(request, self._now_ns())
+        if not (self._busy or self._inbox):  # the step that it begins may be written a little late
+            for gpu in self._gpus:
+                self._board.expect_change(gpu, stream.arrival_ns)
         self._streams[request] = stream
         self._inbox.append(stream)
+        self._recorder.arrive(request.request_id, stream.arrival_ns)
         self._wake.set()
         return stream
 
@@ -95,8 +106,15 @@ class Engine:
         return self._scheduler.preemptions
 
     def load(self) -> None:
-        """Load the model: from now on its GPUs draw what they draw with it when idle."""
+        """Load the model: from now on its GPUs draw what they draw with it when idle.
+
+        The step's code is compiled here, or found in the cache, so that no request waits for it.
+        """
+        self._compile()
         self._rest(self._now_ns())
+        thermal = self._hardware.thermal
+        self._warm_ns = self._free_ns
+        self._temperature_c = thermal.ambient_c + thermal.resistance_c_per_w * self._idle_w()
 
     async def run(self) -> None:
         """Run steps until `stop`, then unload the model. `load` comes before."""
@@ -105,10 +123,13 @@ class Engine:
                 self._admit(start_ns)
                 batch = self._scheduler.schedule()
                 clock_mhz = min(self._board.clock_mhz(gpu) for gpu in self._gpus)  # the group runs in lock step
-                end_ns = self._begin(batch, start_ns, clock_mhz)
+                self._warm(self._idle_w(), start_ns)
+                hot = heat(self._hardware.thermal, self._temperature_c)
+                end_ns = self._begin(batch, start_ns, clock_mhz, hot)
                 await self._sleep_until_ns(end_ns)
-                self._recorder.add(start_ns, end_ns, batch.work, batch.parts, batch.waiting, batch.kv_usage, clock_mhz)
-                self._hand_out(batch, end_ns)
+                state = batch.waiting, batch.kv_usage, clock_mhz, hot
+                self._recorder.add(start_ns, end_ns, batch.work, batch.parts, *state)
+                self._hand_out(end_ns)
                 self._free_ns = end_ns
         finally:
             self._unload()
@@ -137,19 +158,46 @@ class Engine:
         while self._inbox and self._inbox[0].arrival_ns <= start_ns:
             self._scheduler.add(self._inbox.popleft().request)
 
-    def _begin(self, batch: Batch, start_ns: int, clock_mhz: int) -> int:
+    def _begin(self, batch: Batch, start_ns: int, clock_mhz: int, hot: float) -> int:
         """Let the GPUs draw the step's power from `start_ns` on; when it ends."""
-        end_ns = start_ns + max(1, round(self._hardware.step_s(batch.work, clock_mhz) * _NS_PER_S))
-        gpu_w = float(self._hardware.step_w(batch.work, clock_mhz)) / self._hardware.tp
+        cap_w = min(self._board.cap_w(gpu) for gpu in self._gpus)
+        found = self._hardware.run_step(batch.work, clock_mhz, hot, cap_w)
+        end_ns = start_ns + max(1, round(found.duration_s * _NS_PER_S))
+        self._warm(found.gpu_w, end_ns)
         for gpu in self._gpus:
-            self._board.set_power(gpu, start_ns, gpu_w, known_until_ns=end_ns)
+            self._board.set_power(
+                gpu, start_ns, found.gpu_w, clock_mhz=found.clock_mhz, capped=found.capped, busy=True,
+                known_until_ns=end_ns,
+            )  # fmt: skip
         return end_ns
 
-    def _hand_out(self, batch: Batch, end_ns: int) -> None:
+    def _compile(self) -> None:
+        """Run all that a step needs on an engine that is thrown away."""
+        scratch = Scheduler(self._scheduler.limits)
+        tokens = np.zeros(self._scheduler.limits.block_tokens, dtype=np.uint64)
+        request = Request(None, tokens.size + 1, 1, keys=content_keys(tokens, tokens.size).tolist())
+        scratch.add(request)
+        self._hardware.run_step(scratch.schedule().work, self._clocks_mhz()[0])
+        scratch.complete()
+        scratch.abort(request)
+        heat(self._hardware.thermal, warmed(self._hardware.thermal, 0.0, self._idle_w(), 1.0))
+
+    def _warm(self, gpu_w: float, until_ns: int) -> None:
+        """Let the GPUs' temperature follow their power, `gpu_w` each, until then."""
+        elapsed_s = (until_ns - self._warm_ns) / _NS_PER_S
+        if elapsed_s > 0:
+            self._temperature_c = warmed(self._hardware.thermal, self._temperature_c, gpu_w, elapsed_s)
+            self._warm_ns = until_ns
+
+    def _idle_w(self) -> float:
+        """What each GPU draws without a step."""
+        return self._hardware.idle_w(min(self._clocks_mhz()))
+
+    def _hand_out(self, end_ns: int) -> None:
         """Give each stream the token that the step ending at `end_ns` made for it."""
         metrics = self.metrics
         metrics.engine_lag_max_s = max(metrics.engine_lag_max_s, (self._now_ns() - end_ns) / _NS_PER_S)
-        for request in self._scheduler.complete(batch):
+        for request in self._scheduler.complete():
             stream = self._streams[request]
             if stream.last_token_ns is None:
                 metrics.prompt_tokens += request.prompt_tokens

@@ -1,40 +1,45 @@
-"""Which request does what in each engine step: continuous batching after vLLM V1, without I/O and without a clock.
+"""The compiled scheduler one step at a time: requests as objects, steps as lists. No I/O and no clock.
 
-Requests wait and run in order of arrival. Each step has a budget of tokens. Running requests take theirs first: one
-token to decode, or the next chunk of their prompt. Waiting requests follow while budget, the cap on running requests
-and free KV blocks last. A running request that finds no free block takes those of the request admitted last, which
-goes back to the front of the queue and later computes all its tokens anew (preemption by recomputation).
-There is no prefix cache.
+The rules are in `replay.sim.core`.
 """
 
-from collections import deque
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
+
+from replay.sim.core import add, complete, drop, schedule
 from replay.sim.hardware import Work
-from replay.steps import Kind, totals
+from replay.sim.state import DECODE, FINISHED, NO_TOKEN, REQUEST, Limits, make_core, widened
+from replay.steps import Kind
+
+_ROWS = 64  # of the table of requests at first; it doubles when it is full
 
 
-@dataclass(eq=False, slots=True)
 class Request:
     """One request and how far it has come; compared by identity."""
 
-    request_id: int | None  # None: warm-up or a foreign client's
-    prompt_tokens: int
-    output_tokens: int  # wanted; the simulated model never ends a text by itself
-    generated_tokens: int = 0
-    computed_tokens: int = 0  # tokens whose keys and values are in the cache
-    prefill_until_tokens: int = field(init=False)  # up to here computing counts as prefill
-    blocks: int = 0  # KV blocks held
+    __slots__ = ("cached_tokens", "generated_tokens", "keys", "output_tokens", "priority", "prompt_tokens",
+                 "request_id", "row")  # fmt: skip
 
-    def __post_init__(self) -> None:
-        """A new request has its prompt to prefill."""
-        self.prefill_until_tokens = self.prompt_tokens
+    def __init__(
+        self,
+        request_id: int | None,
+        prompt_tokens: int,
+        output_tokens: int,
+        *,
+        keys: Sequence[int] = (),
+        priority: int = 0,
+    ) -> None:
+        """`request_id` None: warm-up or a foreign client's. `keys`: of the contents of its first blocks.
 
-    @property
-    def total_tokens(self) -> int:
-        """Tokens that exist: the prompt and what has been generated."""
-        return self.prompt_tokens + self.generated_tokens
+        `output_tokens` are wanted: the simulated model never ends a text by itself.
+        """
+        self.request_id, self.prompt_tokens, self.output_tokens = request_id, prompt_tokens, output_tokens
+        self.keys, self.priority = keys, priority
+        self.generated_tokens = 0
+        self.cached_tokens = 0  # of the prompt, found in the prefix cache when it was first admitted
+        self.row = -1  # in the scheduler's table while it is there
 
     @property
     def finished(self) -> bool:
@@ -63,133 +68,130 @@ class Batch(NamedTuple):
 class Scheduler:
     """The queues and KV blocks of one engine instance."""
 
-    def __init__(self, *, kv_tokens: int, block_tokens: int, max_num_seqs: int, max_num_batched_tokens: int) -> None:
-        """`kv_tokens`: capacity of the KV cache; what does not fill a block of `block_tokens` is lost."""
-        self._block_tokens = block_tokens
-        self._max_num_seqs = max_num_seqs
-        self._max_num_batched_tokens = max_num_batched_tokens
-        self._blocks = kv_tokens // block_tokens
-        self._free_blocks = self._blocks
-        self._running: list[Request] = []
-        self._waiting: deque[Request] = deque()
-        self.preemptions = 0
+    def __init__(self, limits: Limits) -> None:
+        """An engine without requests; each of a request's `keys` stands for one block."""
+        self.limits = limits
+        self._core = make_core(limits, np.zeros(_ROWS, REQUEST), np.zeros(_ROWS, np.uint64), limits.block_tokens)
+        self._by_row: list[Request | None] = [None] * _ROWS
+        self._free_rows = list(range(_ROWS))
+        self._keys_end = 0
+        self._number = 0
 
     @property
     def running(self) -> int:
         """Requests that hold KV blocks."""
-        return len(self._running)
+        return int(self._core.state["running"][0])
 
     @property
     def waiting(self) -> int:
         """Requests in the queue."""
-        return len(self._waiting)
+        return int(self._core.state["waiting"][0])
+
+    @property
+    def preemptions(self) -> int:
+        """Preemptions since the start."""
+        return int(self._core.state["preemptions"][0])
 
     @property
     def kv_usage(self) -> float:
         """Fraction of KV blocks in use."""
-        return 1.0 - self._free_blocks / self._blocks if self._blocks else 1.0
+        blocks = int(self._core.state["blocks"][0])
+        return 1.0 - int(self._core.pool.free[0]) / blocks if blocks else 1.0
 
     def fits(self, prompt_tokens: int, output_tokens: int) -> bool:
         """Whether a request of this size can ever run; its last token is never written to the cache."""
-        return self._blocks_for(prompt_tokens + output_tokens - 1) <= self._blocks
+        needed = -(-(prompt_tokens + output_tokens - 1) // self.limits.block_tokens)
+        return needed <= int(self._core.state["blocks"][0])
 
     def add(self, request: Request) -> None:
         """Queue `request`. Raises `ValueError` when it could never run (see `fits`)."""
         if not self.fits(request.prompt_tokens, request.output_tokens):
+            capacity_tokens = int(self._core.state["blocks"][0]) * self.limits.block_tokens
             raise ValueError(
                 f"a request of {request.prompt_tokens} + {request.output_tokens} tokens exceeds the KV cache of "
-                f"{self._blocks * self._block_tokens} tokens"
+                f"{capacity_tokens} tokens"
             )
-        self._waiting.append(request)
+        if not self._free_rows:
+            self._add_rows()
+        request.row = self._free_rows.pop()
+        self._by_row[request.row] = request
+        self._core = widened(self._core, request.prompt_tokens + request.output_tokens)
+        self._number += 1
+        row = self._core.requests[request.row]
+        row["number"], row["prompt"], row["output"] = self._number, request.prompt_tokens, request.output_tokens
+        row["priority"] = request.priority
+        row["keys_at"], row["keys_count"] = self._store_keys(request), len(request.keys)
+        add(self._core, request.row)
 
     def abort(self, request: Request) -> None:
         """Drop `request`, wherever it is, and free its blocks; one that has left already is no error."""
-        if request in self._running:
-            self._running.remove(request)
-            self._free(request)
-        elif request in self._waiting:
-            self._waiting.remove(request)
+        if request.row >= 0:
+            drop(self._core, request.row)
+            self._forget(request)
 
     def schedule(self) -> Batch:
         """Form the next step; empty when nothing can run, which means that nothing is queued."""
-        parts: list[Scheduled] = []
-        budget_tokens = self._max_num_batched_tokens
-        preemptions_before = self.preemptions
-        index = 0
-        while index < len(self._running) and budget_tokens > 0:
-            request = self._running[index]
-            tokens = min(request.total_tokens - request.computed_tokens, budget_tokens)
-            if not self._make_room(request, tokens):
-                break  # it was the last one and has preempted itself
-            parts.append(_part(request, tokens))
-            budget_tokens -= tokens
-            index += 1
-        # As in vLLM, a step that preempted admits nobody: the blocks just freed are wanted by those who run.
-        if self.preemptions == preemptions_before:
-            self._admit(parts, budget_tokens)
-        return Batch(parts, Work(*totals(parts)), self.waiting, self.kv_usage)
+        schedule(self._core)
+        state = self._core.state[0]
+        columns = (self._core.parts[: state["parts"]][name].tolist() for name in ("row", "kind", "tokens", "context"))
+        parts = []
+        for row, kind, tokens, context in zip(*columns, strict=True):
+            request = self._by_row[row]
+            assert request is not None
+            parts.append(Scheduled(request, "decode" if kind == DECODE else "prefill", tokens, context))
+        work = Work(
+            float(state["prefill_tokens"]),
+            float(state["decode_tokens"]),
+            float(state["context_tokens"]),
+            int(state["attention_twice"]) / 2,
+        )
+        return Batch(parts, work, self.waiting, self.kv_usage)
 
-    def complete(self, batch: Batch) -> list[Request]:
-        """Advance past `batch`; return the requests that got a token, `finished` ones already gone from the engine.
+    def complete(self) -> list[Request]:
+        """Advance past the step; the requests that got a token, `finished` ones already gone from the engine.
 
         Requests aborted since `schedule` are passed over.
         """
-        running = set(self._running)
+        complete(self._core)
+        parts = self._core.parts[: self._core.state["parts"][0]]
         got_token = []
-        for request, _, tokens, _ in batch.parts:
-            if request not in running:
-                continue
-            request.computed_tokens += tokens
-            if request.computed_tokens == request.total_tokens:
-                request.generated_tokens += 1
-                got_token.append(request)
-                if request.finished:
-                    self._running.remove(request)
-                    self._free(request)
+        for row in parts["row"][(parts["row"] >= 0) & (parts["yields"] != NO_TOKEN)].tolist():
+            request = self._by_row[row]
+            assert request is not None
+            request.generated_tokens += 1
+            if request.generated_tokens == 1:
+                request.cached_tokens = int(self._core.requests["cached"][row])
+            got_token.append(request)
+            if self._core.requests["place"][row] == FINISHED:
+                self._forget(request)
         return got_token
 
-    def _admit(self, parts: list[Scheduled], budget_tokens: int) -> None:
-        """Move waiting requests to the running ones, first come first served, and append their parts."""
-        while self._waiting and budget_tokens > 0 and len(self._running) < self._max_num_seqs:
-            request = self._waiting[0]
-            tokens = min(request.total_tokens, budget_tokens)
-            if not self._allocate(request, tokens):
-                break
-            self._running.append(self._waiting.popleft())
-            parts.append(_part(request, tokens))
-            budget_tokens -= tokens
+    def _forget(self, request: Request) -> None:
+        self._by_row[request.row] = None
+        self._free_rows.append(request.row)
+        request.row = -1
 
-    def _make_room(self, request: Request, tokens: int) -> bool:
-        """Allocate blocks for `tokens` more of a running request, preempting from the end of the line as needed."""
-        while not self._allocate(request, tokens):
-            victim = self._running.pop()
-            self._free(victim)
-            victim.computed_tokens = 0
-            victim.prefill_until_tokens = victim.total_tokens
-            self._waiting.appendleft(victim)
-            self.preemptions += 1
-            if victim is request:
-                return False
-        return True
+    def _add_rows(self) -> None:
+        old = self._core.requests
+        self._core = self._core._replace(requests=np.concatenate([old, np.zeros_like(old)]))
+        self._by_row += [None] * old.size
+        self._free_rows = list(range(old.size, 2 * old.size))
 
-    def _allocate(self, request: Request, tokens: int) -> bool:
-        """Take the blocks that `request` lacks for `tokens` more; all or none."""
-        lacking = self._blocks_for(request.computed_tokens + tokens) - request.blocks
-        if lacking > self._free_blocks:
-            return False
-        request.blocks += lacking
-        self._free_blocks -= lacking
-        return True
-
-    def _free(self, request: Request) -> None:
-        self._free_blocks += request.blocks
-        request.blocks = 0
-
-    def _blocks_for(self, tokens: int) -> int:
-        return -(-tokens // self._block_tokens)
-
-
-def _part(request: Request, tokens: int) -> Scheduled:
-    context_tokens = request.computed_tokens
-    kind: Kind = "prefill" if context_tokens < request.prefill_until_tokens else "decode"
-    return Scheduled(request, kind, tokens, context_tokens)
+    def _store_keys(self, request: Request) -> int:
+        """Where the keys of `request` now begin; those of requests that have left make room."""
+        count = len(request.keys)
+        if self._keys_end + count > self._core.keys.size:
+            here = [r for r in self._by_row if r is not None and r is not request and len(r.keys)]
+            needed = count + sum(len(r.keys) for r in here)
+            keys = np.zeros(max(self._core.keys.size, 2 * needed), np.uint64)
+            self._keys_end = 0
+            for other in here:
+                at = self._core.requests["keys_at"][other.row]
+                self._core.requests["keys_at"][other.row] = self._keys_end
+                keys[self._keys_end : self._keys_end + len(other.keys)] = self._core.keys[at : at + len(other.keys)]
+                self._keys_end += len(other.keys)
+            self._core = self._core._replace(keys=keys)
+        start = self._keys_end
+        self._core.keys[start : start + count] = request.keys
+        self._keys_end += count
+        return start

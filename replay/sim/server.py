@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Annotated
 
 import msgspec
+import numpy as np
 import typer
 import uvloop
 from aiohttp import web
@@ -21,12 +22,16 @@ from aiohttp import web
 from replay.clock import SleepTimer
 from replay.gpu.sim import SimBoard
 from replay.sim.api import Answer, ApiError, Completion, parse_completion
+from replay.sim.arguments import with_arguments
+from replay.sim.blocks import content_keys
 from replay.sim.engine import Engine, Stream
 from replay.sim.hardware import Hardware, Profile, load_profile
 from replay.sim.metrics import render
+from replay.sim.models import DEFAULT_MODEL
+from replay.sim.profile import DEFAULT_HARDWARE
 from replay.sim.scheduler import Request, Scheduler
-from replay.steps import SIM_CLOCK, StepWriter
-from tracegen.console import make_app, run_app, say
+from replay.steps import SIM_STEP, StepWriter
+from tracegen.console import make_app, note, run_app, say
 from tracegen.errors import ReplayError
 
 _FLUSH_S = 0.8  # with the time of writing, what a killed engine loses stays below a second
@@ -82,8 +87,11 @@ class Api:
         except ApiError as error:
             return web.Response(status=error.status, body=error.body(), content_type="application/json")
         name = http.headers.get(_REQUEST_ID_HEADER) or uuid.uuid4().hex
-        answer = Answer(completion, f"cmpl-{name}", self._model, int(time.time()))
-        request = Request(_integer_id(name), completion.prompt_tokens, completion.output_tokens)
+        request = Request(
+            _integer_id(name), completion.prompt_tokens, completion.output_tokens, keys=self._keys(completion),
+            priority=completion.priority,
+        )  # fmt: skip
+        answer = Answer(completion, f"cmpl-{name}", self._model, int(time.time()), lambda: request.cached_tokens)
         stream = self._engine.submit(request)
         try:
             if completion.stream:
@@ -91,6 +99,14 @@ class Api:
             return await _send_whole(completion, stream, answer, name)
         finally:
             self._engine.abort(stream)
+
+    def _keys(self, completion: Completion) -> list[int]:
+        """Content keys of a prompt's blocks, by which the prefix cache knows them; a text has no tokens to compare."""
+        if completion.token_ids is None or not self._profile.enable_prefix_caching:
+            return []
+        tokens = np.array(completion.token_ids, dtype=np.uint64)
+        keys: list[int] = content_keys(tokens, self._profile.block_tokens).tolist()
+        return keys
 
     async def models(self, _: web.Request) -> web.Response:
         """The one model."""
@@ -163,18 +179,14 @@ async def serve(settings: Settings) -> None:
     with _listen(settings.host, settings.port) as listener, _board(settings) as board, SleepTimer() as timer:
         for gpu in settings.gpus:
             board.clock_mhz(gpu)  # refuses a GPU that does not exist before anything is written
-        recorder = StepWriter(settings.record, settings.instance, extra=SIM_CLOCK)
-        scheduler = Scheduler(
-            kv_tokens=hardware.kv_tokens,
-            block_tokens=profile.block_tokens,
-            max_num_seqs=profile.max_num_seqs,
-            max_num_batched_tokens=profile.max_num_batched_tokens,
-        )
+        recorder = StepWriter(settings.record, settings.instance, extra=SIM_STEP)
+        scheduler = Scheduler(hardware.limits)
         engine = Engine(scheduler, hardware, board, settings.gpus, recorder, sleep_until_ns=timer.sleep_until_ns)
         app = Api(engine, scheduler, profile, settings.model).application()
         runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=_GRACE_S)
         await runner.setup()
         _stop_on_signals(engine, exit_with_parent=settings.exit_with_parent)
+        note("loading the simulated engine; its first start on a machine compiles it, which takes half a minute")
         engine.load()
         try:
             await web.SockSite(runner, listener).start()
@@ -249,11 +261,21 @@ def main(
     record: Annotated[Path, typer.Option(help="Run directory that steps.parquet and segments.parquet go to.")],
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on; 0 takes any free one.", min=0, max=65535)] = 8000,
-    profile: Annotated[str, typer.Option(help="Simulated hardware and model.")] = "dgx-h100-llama-2-70b",
+    hardware: Annotated[
+        str, typer.Option(help="Simulated node: see `replay sim profiles`, or a TOML file.")
+    ] = DEFAULT_HARDWARE,
+    model: Annotated[
+        str, typer.Option(help="Simulated model: see `replay sim profiles`, or a folder with config.json.")
+    ] = DEFAULT_MODEL,
     tp: Annotated[int, typer.Option(help="Tensor-parallel size: GPUs that serve together.", min=1)] = 8,
     gpus: Annotated[str, typer.Option(help="Their indices, for example 0,1; the first ones if not given.")] = "",
-    model: Annotated[str, typer.Option(help="Name that the model is served under; the profile's if not given.")] = "",
+    served_model_name: Annotated[
+        str, typer.Option(help="Name that the model is served under; --model's if not given.")
+    ] = "",
     instance: Annotated[int, typer.Option(help="Number of this engine in the run directory.", min=0, max=65535)] = 0,
+    vllm_arg: Annotated[
+        list[str] | None, typer.Option(help="Option of `vllm serve` on batching, repeatable.", show_default="none")
+    ] = None,
     exit_with_parent: Annotated[bool, typer.Option("--exit-with-parent", help="Stop when stdin closes.")] = False,
 ) -> None:
     """Serve a SIMULATED model: real HTTP and real waiting, computed step times and power.
@@ -264,12 +286,12 @@ def main(
       python -m replay.sim.server --board /tmp/board --record /tmp/run --tp 2 --gpus 0,1 --port 8001
     """  # noqa: D301 - the help formatter's mark is the backspace itself
     settings = Settings(
-        profile=load_profile(profile),
+        profile=with_arguments(load_profile(hardware, model), vllm_arg or ()),
         tp=tp,
         gpus=_parse_gpus(gpus) or tuple(range(tp)),
         board=board,
         record=record,
-        model=model or profile,
+        model=served_model_name or model,
         host=host,
         port=port,
         instance=instance,

@@ -10,6 +10,7 @@ Nothing of this knows how `analysis` attributes; it is what attribution is measu
 from collections.abc import Iterator
 from functools import cache
 from math import factorial
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -26,12 +27,20 @@ _ROWS_AT_ONCE = 1_000_000  # expanded (step, request) rows in memory
 _VALUES_AT_ONCE = 200_000  # coalitions evaluated at once; arrays of this size stay in the cache
 
 
+class Lock(NamedTuple):
+    """What beside its work sets a step's energy, [steps] each."""
+
+    clock_mhz: FloatArray
+    hot: FloatArray  # what leakage multiplies its power with
+
+
 def shapley_truth(
     steps: pl.DataFrame, segments: pl.DataFrame, hardware: Hardware, *, orders: int = 64, seed: int = 0
 ) -> pl.DataFrame:
     """The energy of each request, J, by the kind of its work: a frame of schema TRUTH, sorted by `request_id`.
 
-    `steps` has STEPS and the clock that each step was locked to, `clock_mhz`; `segments` has SEGMENTS. Steps of up to
+    `steps` has STEPS, the clock that each step was locked to, `clock_mhz`, and what leakage multiplied its power with,
+    `heat`; `segments` has SEGMENTS. Steps of up to
     `EXACT_REQUESTS` requests are exact; larger ones average `orders` orders, drawn in opposite pairs. In each step the
     shares add up to power x duration; requests without an id pay theirs and are left out of the result.
     Raises `RunError` when the two tables disagree on who was in a step.
@@ -43,9 +52,9 @@ def shapley_truth(
         own = steps.filter(pl.col("instance") == instance[0]).sort("step")
         payer = of_instance["request_id"].replace_strict(ids, np.arange(ids.len()), default=ids.len()).to_numpy()
         decodes = (of_instance["kind"] == "decode").to_numpy().astype(np.int64)
-        clock_mhz = own["clock_mhz"].to_numpy().astype(float)
+        clock_mhz, hot = (own[name].to_numpy().astype(float) for name in ("clock_mhz", "heat"))
         for segment, step, work in _expand(own, of_instance):
-            energy_j = _share(hardware, step, work, clock_mhz, orders // 2, rng)
+            energy_j = _share(hardware, step, work, Lock(clock_mhz, hot), orders // 2, rng)
             np.add.at(paid_j, (decodes[segment], payer[segment]), energy_j)
     prefill_j, decode_j = paid_j[:, :-1]
     columns = {"request_id": ids, "energy_j": prefill_j + decode_j, "prefill_j": prefill_j, "decode_j": decode_j}
@@ -90,7 +99,7 @@ def _expand(steps: pl.DataFrame, segments: pl.DataFrame) -> Iterator[tuple[IntAr
 
 
 def _share(
-    hardware: Hardware, step: IntArray, work: FloatArray, clock_mhz: FloatArray, pairs: int, rng: np.random.Generator
+    hardware: Hardware, step: IntArray, work: FloatArray, lock: Lock, pairs: int, rng: np.random.Generator
 ) -> FloatArray:
     """Each row's share of its step's energy, J, [rows]; rows are sorted by `step`, `work` is [4, rows]."""
     _, first, size = np.unique(step, return_index=True, return_counts=True)
@@ -101,15 +110,15 @@ def _share(
         at_once = max(1, _VALUES_AT_ONCE // (2**n if exact else pairs * n))
         for some in np.split(starts, range(at_once, starts.size, at_once)):
             rows = some[:, None] + np.arange(n)
-            of_step = work[:, rows], clock_mhz[step[some]]
+            of_step = work[:, rows], Lock(*(column[step[some]] for column in lock))
             share_j[rows] = _exact(hardware, *of_step) if exact else _sampled(hardware, *of_step, pairs, rng)
     return share_j
 
 
-def _exact(hardware: Hardware, work: FloatArray, clock_mhz: FloatArray) -> FloatArray:
+def _exact(hardware: Hardware, work: FloatArray, lock: Lock) -> FloatArray:
     """Shapley values, J, [steps, n], from the energy of all coalitions; `work` is [4, steps, n]."""
     members, weights = _coalitions(work.shape[-1])
-    energy_j = hardware.step_j(Work(*(work @ members.T)), clock_mhz[:, None])
+    energy_j = hardware.step_j(Work(*(work @ members.T)), *(column[:, None] for column in lock))
     share_j: FloatArray = energy_j @ weights
     return share_j
 
@@ -131,23 +140,21 @@ def _coalitions(n: int) -> tuple[FloatArray, FloatArray]:
     return members, weights
 
 
-def _sampled(
-    hardware: Hardware, work: FloatArray, clock_mhz: FloatArray, pairs: int, rng: np.random.Generator
-) -> FloatArray:
+def _sampled(hardware: Hardware, work: FloatArray, lock: Lock, pairs: int, rng: np.random.Generator) -> FloatArray:
     """Shapley values, J, [steps, n], estimated from `pairs` random orders and their reverses; `work` is [4, steps, n].
 
     Who comes early in one order comes late in its reverse, which cancels most of the sampling error.
     """
     n = work.shape[-1]
-    order = np.argsort(rng.random((clock_mhz.size, pairs, n)), axis=-1)
+    order = np.argsort(rng.random((work.shape[1], pairs, n)), axis=-1)
     before = np.cumsum(np.take_along_axis(work[:, :, None, :], order[None], axis=-1), axis=-1)
     total = before[..., -1:]
-    clock = clock_mhz[:, None, None]
-    zero_j = hardware.step_j(Work(*np.zeros_like(total)), clock)
-    forward_j = np.diff(hardware.step_j(Work(*before), clock), prepend=zero_j, axis=-1)
+    held = [column[:, None, None] for column in lock]
+    zero_j = hardware.step_j(Work(*np.zeros_like(total)), *held)
+    forward_j = np.diff(hardware.step_j(Work(*before), *held), prepend=zero_j, axis=-1)
     # In the reverse order a request joins those that follow it here; token counts subtract without rounding.
-    after_j = hardware.step_j(Work(*(total - before)), clock)
-    backward_j = np.diff(-after_j, prepend=-hardware.step_j(Work(*total), clock), axis=-1)
+    after_j = hardware.step_j(Work(*(total - before)), *held)
+    backward_j = np.diff(-after_j, prepend=-hardware.step_j(Work(*total), *held), axis=-1)
     place = np.argsort(order, axis=-1)
     mean_j = np.take_along_axis((forward_j + backward_j) / 2, place, axis=-1).mean(axis=1)
     share_j: FloatArray = mean_j + zero_j[:, 0] / n

@@ -21,6 +21,9 @@ describes the engine. A step is the list `[step, start_ns, end_ns, waiting, kv_u
   `prefill_until` (prompt, and what had been generated before a preemption) is prefill, beyond it decode.
 - `ended`: numbers of requests that are gone.
 
+The list `[engine request id, arrival_ns]` says when the scheduler got a request; it comes before the step that starts
+it. Format 1 had none.
+
 A map `{"failed": why}` ends the log early. Files are cut at 64 MiB; each begins with all that is needed to read it.
 """
 
@@ -33,7 +36,7 @@ from typing import Any
 
 import msgspec
 
-FORMAT = 1
+FORMAT = 2
 OLDEST, NEWEST = (0, 14), (0, 33)  # vLLM versions whose scheduler was read (0.14, 0.17, 0.20, 0.26, 0.33) or run (0.32)
 FILE_BYTES = 64 * 2**20
 FILES = 16  # kept of one engine: a server that runs for ever must not fill the disk
@@ -61,19 +64,26 @@ def scheduler(*args: Any, **kwargs: Any) -> Any:
             "data_parallel_rank": getattr(config.parallel_config, "data_parallel_rank", 0),
             "max_num_seqs": config.scheduler_config.max_num_seqs,
             "max_num_batched_tokens": config.scheduler_config.max_num_batched_tokens,
+            "policy": str(config.scheduler_config.policy),
             "enable_prefix_caching": config.cache_config.enable_prefix_caching,
             "block_size": config.cache_config.block_size,
+            "num_gpu_blocks": config.cache_config.num_gpu_blocks,
         }
         record(made, StepLog(Path(folder), settings), unsupported(__version__))
     return made
 
 
+def release(version: str) -> tuple[int, int] | None:
+    """Major and minor number of `version`, as `OLDEST` and `NEWEST` are; None where it is no version number."""
+    match = re.match(r"(\d+)\.(\d+)", version)
+    return None if match is None else (int(match[1]), int(match[2]))
+
+
 def unsupported(version: str) -> str | None:
     """Why the recorder does not work with vLLM `version`; None where it does."""
-    match = re.match(r"(\d+)\.(\d+)", version)
-    if match is None:
+    found = release(version)
+    if found is None:
         return f"vLLM calls itself '{version}', which is no version number"
-    found = (int(match[1]), int(match[2]))
     if OLDEST <= found <= NEWEST:
         return None
     ends = "{}.{} to {}.{}".format(*OLDEST, *NEWEST)
@@ -86,6 +96,7 @@ def record(scheduler: Any, log: "StepLog", why_not: str | None) -> None:
         log.write({"failed": why_not})
         return
     recorder = StepRecorder(scheduler, log)
+    scheduler.add_request = recorder.add_request
     scheduler.schedule = recorder.schedule
     scheduler.update_from_output = recorder.update_from_output
 
@@ -153,7 +164,9 @@ class StepRecorder:
 
     def __init__(self, scheduler: Any, log: StepLog) -> None:
         self._scheduler, self._log = scheduler, log
-        self._schedule, self._update = scheduler.schedule, scheduler.update_from_output
+        self._add, self._schedule, self._update = (
+            scheduler.add_request, scheduler.schedule, scheduler.update_from_output
+        )  # fmt: skip
         self._flights: dict[int, _Flight] = {}
         self._numbers: dict[str, int] = {}
         self._until: dict[str, int] = {}
@@ -169,6 +182,19 @@ class StepRecorder:
         self._cost_ns = 0
         self._failed = False
 
+    def add_request(self, request: Any, *args: Any, **kwargs: Any) -> Any:
+        """`Scheduler.add_request`, observed; it is called between steps, and nothing is kept of it."""
+        arrival_ns = _now_ns()
+        added = self._add(request, *args, **kwargs)
+        if not self._failed:
+            added_ns = _now_ns()
+            try:
+                self._log.write((request.request_id, arrival_ns))
+            except Exception as error:  # noqa: BLE001 - whatever it is, vLLM must serve on
+                self._fail(error)
+            self._cost_ns += _now_ns() - added_ns
+        return added
+
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         """`Scheduler.schedule`, observed."""
         start_ns = _now_ns()
@@ -177,7 +203,7 @@ class StepRecorder:
             decided_ns = _now_ns()
             try:
                 self._scheduled(output, start_ns)
-            except Exception as error:  # noqa: BLE001 - whatever it is, vLLM must serve on
+            except Exception as error:  # noqa: BLE001 - as above
                 self._fail(error)
             self._cost_ns += _now_ns() - decided_ns
         return output

@@ -1,8 +1,5 @@
 """What requests add: the method `marginal`, and predictions that a meter can check."""
 
-import importlib.util
-from pathlib import Path
-
 import numpy as np
 import polars as pl
 import pytest
@@ -245,17 +242,13 @@ def test_an_unknown_method_is_told_of_all(run_of):
 
 
 @pytest.fixture(scope="module")
-def virtual(tmp_path_factory):
+def virtual(virtual_run, tmp_path_factory):
     """Make runs of the simulated engine in virtual time, once for each name."""
-    path = Path(__file__).parents[2] / "benchmarks" / "virtual_run.py"
-    spec = importlib.util.spec_from_file_location("virtual_run", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
     made: dict[str, Run] = {}
 
     def make(name: str, trace: pl.DataFrame, **options) -> Run:
         if name not in made:
-            made[name] = module.virtual_run(tmp_path_factory.mktemp("virtual") / name, trace, **options)
+            made[name] = virtual_run(tmp_path_factory.mktemp("virtual") / name, trace, **options)
         return made[name]
 
     return make
@@ -268,7 +261,7 @@ def chat(rate: float, seed: int, first_id: int = 0) -> pl.DataFrame:
 
 def true_marginal_j(run: Run, tp: int, clock_mhz: int) -> pl.DataFrame:
     """What each request truly added to its steps, by the simulator's own step energy."""
-    hardware = Hardware(load_profile("dgx-h100-llama-2-70b"), tp)
+    hardware = Hardware(load_profile(), tp)
     steps = run.scan("steps").collect()
     rows = (
         run.scan("segments")
@@ -311,7 +304,8 @@ def test_it_is_near_what_the_simulator_says_that_requests_truly_add(virtual, rat
 def metered_j(run: Run, seconds: float) -> float:
     """Measured energy, the window stretched at idle power to `seconds`."""
     summary = attribute(run, "equal-time").summary
-    idle_w = sum(gpu["idle_power_w"]["counter"] for gpu in run.manifest["gpus"])
+    serving = run.manifest["instances"][0]["gpus"]
+    idle_w = sum(gpu["idle_power_w"]["counter"] for gpu in run.manifest["gpus"] if gpu["gpu"] in serving)
     return summary["measured_j"] + idle_w * (seconds - summary["window"]["duration_s"])
 
 

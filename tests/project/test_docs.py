@@ -21,6 +21,7 @@ TABLES = {
     "requests": {**rundir.REQUESTS, **rundir.REQUESTS_OPTIONAL},
     "steps": rundir.STEPS,
     "segments": rundir.SEGMENTS,
+    "arrivals": rundir.ARRIVALS,
     "power": rundir.POWER,
     "cpu_energy": rundir.CPU_ENERGY,
     "server_metrics": rundir.SERVER_METRICS,

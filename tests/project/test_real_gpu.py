@@ -27,9 +27,8 @@ def modules():
         import gpu_checks
         import gpu_page
         import real_gpu
-        import virtual_run
 
-        yield {"checks": gpu_checks, "page": gpu_page, "command": real_gpu, "virtual": virtual_run}
+        yield {"checks": gpu_checks, "page": gpu_page, "command": real_gpu}
 
 
 def chat(rate: float, seed: int, first_id: int = 0) -> pl.DataFrame:
@@ -38,13 +37,13 @@ def chat(rate: float, seed: int, first_id: int = 0) -> pl.DataFrame:
 
 
 @pytest.fixture(scope="module")
-def runs(modules, tmp_path_factory):
+def runs(virtual_run, tmp_path_factory):
     """SIMULATED in virtual time: the mix, the mix with a stream, and single requests."""
     folder = tmp_path_factory.mktemp("virtual")
     base, extra = chat(0.4, 1), chat(0.2, 2, EXTRA_IDS)
     singles = chat(0.4, 3).head(8).with_columns(arrival_ns=pl.Series(np.arange(8) * 40 * 10**9, dtype=pl.Int64))
     wanted = {"mix": base, "added": pl.concat([base, extra]).sort("arrival_ns"), "singles": singles}
-    return {name: modules["virtual"].virtual_run(folder / name, trace) for name, trace in wanted.items()}
+    return {name: virtual_run(folder / name, trace) for name, trace in wanted.items()}
 
 
 def extra_ids(run: Run) -> list[int]:

@@ -85,7 +85,7 @@ def command(tmp_path):
 def sim_server(tmp_path_factory):
     """The URL of a simulated engine that is somebody else's."""
     folder = tmp_path_factory.mktemp("server")
-    files = ["--board", str(folder / "board"), "--record", str(folder / "record"), "--model", "llama"]
+    files = ["--board", str(folder / "board"), "--record", str(folder / "record"), "--served-model-name", "llama"]
     argv = [sys.executable, "-m", "replay.sim.server", *files, "--port", "0", "--exit-with-parent"]
     process = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     line = process.stdout.readline()

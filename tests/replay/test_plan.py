@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from replay import plan as plan_module
 from replay.engines.vllm import DEFAULT_MODEL
-from replay.plan import RunOptions, fit_lengths, make_plan, route
+from replay.plan import LEAST_LOADED, Router, RunOptions, fit_lengths, make_plan
 from tracegen.errors import GpuError, ReplayError, TraceError, WattraceError
 
 URL = "http://127.0.0.1:9"
@@ -47,14 +47,15 @@ class Driver:
         ({"num_prompts": 0}, "--num-prompts 0: must be above 0"),
         ({"seed": -1}, "--seed -1: must not be negative"),
         ({"duration_ns": 0}, "no request arrives within --duration"),
-        ({"profile": "abacus"}, "abacus"),
-        ({"model": "gpt"}, "--model gpt: the simulated engine serves what its --profile says"),
+        ({"hardware": "abacus"}, "--hardware abacus: use dgx-a100, dgx-h100, dgx-h200, or a TOML file"),
+        ({"engine": URL, "hardware": "dgx-h100"}, "--hardware dgx-h100: only the simulated engine chooses"),
+        ({"model": "gpt"}, "--model gpt: the simulated engine knows llama-2-13b, "),
         ({"replicas": 0}, "--replicas 0: must be above 0"),
         ({"replicas": 2, "tp": 2, "gpus": (0, 1)}, "--tp 2 and --replicas 2 need 4 GPUs, but --gpus names 2"),
         ({"engine": URL, "replicas": 2}, "--replicas with a URL"),
         ({"engine": URL, "vllm_args": ("--seed=1",)}, "--vllm-arg is for a server that replay launches"),
         ({"engine": URL, "port": 8000}, "--port is for a server that replay launches"),
-        ({"power_cap_w": 300.0}, "--power-cap: the simulated GPUs' cap is in their --profile"),
+        ({"power_cap_w": 900.0}, "--power-cap 900: a simulated NVIDIA H100 80GB HBM3 takes "),
         ({"engine": URL, "power_cap_w": 300.0}, "--power-cap with a URL needs --gpus"),
         ({"power_cap_w": 0.0}, "--power-cap 0: must be above 0"),
         ({"power": "meter"}, "--power meter: use one of nvml, csv:FILE, prometheus:URL"),
@@ -185,10 +186,26 @@ def test_replicas_take_gpus_in_turn(trace):
 
 def test_requests_go_to_instances_in_turn_and_sessions_stay():
     frame = pl.DataFrame({"request_id": range(7)})
-    assert route(frame, 3) == [0, 1, 2, 0, 1, 2, 0]
-    assert route(frame, 1) == [0] * 7
+    assert Router("session", 3).assign(frame).tolist() == [0, 1, 2, 0, 1, 2, 0]
+    assert Router("session", 1).assign(frame).tolist() == [0] * 7
     sessions = frame.with_columns(session_id=pl.Series([5, None, 5, 6, None, 6, 5], dtype=pl.UInt64))
-    assert route(sessions, 3) == [0, 1, 0, 0, 1, 0, 0]
+    assert Router("session", 3).assign(sessions).tolist() == [0, 1, 0, 0, 1, 0, 0]
+    assert Router("round-robin", 3).assign(sessions).tolist() == [0, 1, 2, 0, 1, 2, 0]
+    assert set(Router("least-loaded", 3).assign(sessions).tolist()) == {LEAST_LOADED}
+
+
+@given(
+    st.lists(st.one_of(st.none(), st.integers(0, 5)), min_size=1, max_size=30),
+    st.lists(st.integers(1, 10), min_size=30, max_size=30),
+    st.integers(1, 4),
+)
+def test_batches_change_no_route(sessions, sizes, instances):
+    frame = pl.DataFrame({"session_id": pl.Series(sessions, dtype=pl.UInt64)})
+    router, routes, at = Router("session", instances), [], 0
+    for size in sizes:
+        routes += router.assign(frame[at : at + size]).tolist()
+        at += size
+    assert routes == Router("session", instances).assign(frame).tolist()
 
 
 def lengths(pairs):

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import msgspec
@@ -34,7 +35,10 @@ class Engine:
         self.ended = set()
 
     def add(self, engine_id, prompt):
-        self.requests[engine_id] = SimpleNamespace(num_tokens=prompt)
+        self.add_request(SimpleNamespace(request_id=engine_id, num_tokens=prompt))
+
+    def add_request(self, request):
+        self.requests[request.request_id] = request
 
     def schedule(self, tokens, resumed=()):
         """A step with `tokens` by engine id; ids not seen before are new."""
@@ -142,6 +146,14 @@ def test_any_sequence_of_steps_comes_out_as_it_went_in(tmp_path_factory, data):
     assert parts(segments, steps) == expected
     assert (decoder.missing, decoder.failed) == (0, None)
     assert steps["requests"].to_list() == [len(step) for step in expected]
+    arrivals = dict(scan_table(folder, "arrivals").select("request_id", "arrival_ns").collect().iter_rows())
+    starts = (
+        segments.group_by("request_id")
+        .agg(pl.col("first_step").min())
+        .join(steps.select("step", "start_ns"), left_on="first_step", right_on="step")
+    )
+    assert all(arrivals[i] <= start_ns for i, start_ns in starts.select("request_id", "start_ns").iter_rows())
+    assert list(arrivals.values()) == sorted(arrivals.values()), "in their order"
 
 
 def test_generated_tokens_computed_anew_are_prefill(engine, tmp_path):
@@ -183,6 +195,7 @@ def test_only_our_numbers_are_ours(engine, tmp_path):
         engine.step({i: step + 1})
     _, segments, _ = decode(tmp_path / "log", tmp_path)
     assert segments.sort("first_step")["request_id"].to_list() == list(ids.values())
+    assert scan_table(tmp_path, "arrivals").collect()["request_id"].to_list() == list(ids.values())
 
 
 def test_what_was_before_is_left_out_and_its_requests_are_not_ours(engine, tmp_path):
@@ -195,6 +208,7 @@ def test_what_was_before_is_left_out_and_its_requests_are_not_ours(engine, tmp_p
     steps, segments, _ = decode(tmp_path / "log", tmp_path, since_ns)
     assert steps["step"].to_list() == [0, 1]
     assert parts(segments, steps) == [{None: (1, 3)}, {None: (1, 4), 2: (3, 0)}]
+    assert scan_table(tmp_path, "arrivals").collect()["request_id"].to_list() == [2]
 
 
 def test_a_torn_end_waits_and_a_new_file_goes_on(tmp_path, monkeypatch):
@@ -210,7 +224,7 @@ def test_a_torn_end_waits_and_a_new_file_goes_on(tmp_path, monkeypatch):
     whole = path.read_bytes()
     path.write_bytes(whole[:-3])
     got = len(list(reader.frames()))
-    assert got == 9
+    assert got == 10, "the arrival and nine steps"
     path.write_bytes(whole)
     for tokens in (1, 2, 1, 2, 1, 2, 1, 2, 1, 2):
         engine.step({name(1): tokens})
@@ -280,7 +294,7 @@ def write_frames(folder, *frames):
 @pytest.mark.parametrize(
     ("header", "message"),
     [
-        ({"wattrace_steps": 2}, "the step log has format 2, this program reads 1; restart vLLM"),
+        ({"wattrace_steps": 3}, "the step log has format 3, this program reads 1 to 2; restart vLLM"),
         (
             {"wattrace_steps": 1, "boot_id": "another"},
             "the step log was written on another host, or before this one started",
@@ -293,6 +307,14 @@ def test_a_log_that_cannot_be_read_rightly_is_refused(tmp_path, header, message)
         decode(tmp_path / "log", tmp_path)
     with pytest.raises(ReplayError, match=r"none: no step log; start vLLM with what 'replay vllm-args"):
         StepLogReader(tmp_path / "none")
+
+
+def test_a_log_of_format_1_has_no_arrivals(tmp_path):
+    header = {"wattrace_steps": 1, "boot_id": Path("/proc/sys/kernel/random/boot_id").read_text().strip()}
+    write_frames(tmp_path / "log", header, [0, 10, 20, 0, 0.5, 1000, [[0], [4], [0]], [[0, name(3), 4]], []])
+    steps, segments, _ = decode(tmp_path / "log", tmp_path)
+    assert (steps.height, segments["request_id"].to_list()) == (1, [3])
+    assert not (tmp_path / "arrivals.parquet").exists()
 
 
 def follow(log, run_dir):

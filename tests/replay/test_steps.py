@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from replay.rundir import SEGMENTS, STEPS, scan_table
 from replay.sim.scheduler import Request, Scheduler
-from replay.steps import SIM_CLOCK, StepWriter
+from replay.sim.state import Limits
+from replay.steps import SIM_STEP, StepWriter
 from tracegen.errors import ReplayError
 
 
@@ -20,7 +21,7 @@ def add(recorder, start_ns, end_ns, batch, *extra):
 
 def record(run_dir, arrivals, scheduler, flush_every):
     """Run `arrivals` (step, prompt, output) to their end, flushing every so many steps; the number of steps."""
-    recorder = StepWriter(run_dir, 3, extra=SIM_CLOCK)
+    recorder = StepWriter(run_dir, 3, extra=SIM_STEP)
     pending = [(step, Request(i, prompt, output)) for i, (step, prompt, output) in enumerate(arrivals)]
     step = 0
     while pending or scheduler.running or scheduler.waiting:
@@ -28,8 +29,8 @@ def record(run_dir, arrivals, scheduler, flush_every):
             scheduler.add(pending.pop(0)[1])
         batch = scheduler.schedule()
         if batch.parts:
-            add(recorder, step * 10, step * 10 + 7, batch, 1200.0)
-            scheduler.complete(batch)
+            add(recorder, step * 10, step * 10 + 7, batch, 1200.0, 1.0)
+            scheduler.complete()
         if step % flush_every == 0:
             recorder.write(recorder.take())
         step += 1
@@ -59,7 +60,7 @@ def expand(segments):
     st.integers(1, 30),
 )
 def test_expanded_segments_add_up_to_each_step(arrivals, budget_tokens, flush_every):
-    scheduler = Scheduler(kv_tokens=72, block_tokens=4, max_num_seqs=4, max_num_batched_tokens=budget_tokens)
+    scheduler = Scheduler(Limits(72, 4, 4, budget_tokens))
     with tempfile.TemporaryDirectory() as folder:
         record(Path(folder), arrivals, scheduler, flush_every)
         steps = scan_table(Path(folder), "steps").collect()
@@ -84,7 +85,7 @@ def test_expanded_segments_add_up_to_each_step(arrivals, budget_tokens, flush_ev
 
 
 def test_undisturbed_decoding_is_one_row(tmp_path):
-    scheduler = Scheduler(kv_tokens=4000, block_tokens=4, max_num_seqs=4, max_num_batched_tokens=64)
+    scheduler = Scheduler(Limits(4000, 4, 4, 64))
     record(tmp_path, [(0, 100, 201)], scheduler, flush_every=10_000)
     segments = scan_table(tmp_path, "segments").drop("instance", "request_id").collect()
     # The first flush comes after step 0.
@@ -92,21 +93,21 @@ def test_undisturbed_decoding_is_one_row(tmp_path):
 
 
 def test_tables_have_the_run_directorys_columns_and_the_clock(tmp_path):
-    scheduler = Scheduler(kv_tokens=400, block_tokens=4, max_num_seqs=4, max_num_batched_tokens=64)
-    recorder = StepWriter(tmp_path, 3, extra=SIM_CLOCK)
+    scheduler = Scheduler(Limits(400, 4, 4, 64))
+    recorder = StepWriter(tmp_path, 3, extra=SIM_STEP)
     for request_id in (None, 18_446_744_073_709_551_615):
         scheduler.add(Request(request_id, 5, 1))
     scheduler.add(Request(7, 80, 1))
-    add(recorder, 1_000, 2_000, scheduler.schedule(), 1980)
+    add(recorder, 1_000, 2_000, scheduler.schedule(), 1980, 1.0)
     recorder.write(recorder.take())
     steps = scan_table(tmp_path, "steps").collect()
-    assert steps.schema == {**STEPS, "clock_mhz": pl.Float64()}
+    assert steps.schema == {**STEPS, "clock_mhz": pl.Float64(), "heat": pl.Float64()}
     row = steps.row(0, named=True)
     assert row.pop("kv_usage") == pytest.approx((2 + 2 + 14) / 100)
     assert row == {
         "instance": 3, "step": 0, "start_ns": 1_000, "end_ns": 2_000, "prefill_tokens": 64, "decode_tokens": 0,
         "context_tokens": 0, "prefill_attention": (25 + 25 + 54 * 54) // 2, "requests": 3, "waiting": 0,
-        "clock_mhz": 1980.0,
+        "clock_mhz": 1980.0, "heat": 1.0,
     }  # fmt: skip
     segments = scan_table(tmp_path, "segments").collect()
     assert segments.schema == SEGMENTS
@@ -114,7 +115,7 @@ def test_tables_have_the_run_directorys_columns_and_the_clock(tmp_path):
 
 
 def test_steps_already_there_are_not_written_over(tmp_path):
-    scheduler = Scheduler(kv_tokens=400, block_tokens=4, max_num_seqs=4, max_num_batched_tokens=64)
+    scheduler = Scheduler(Limits(400, 4, 4, 64))
     record(tmp_path, [(0, 4, 2)], scheduler, flush_every=1)
     with pytest.raises(ReplayError, match="already has steps of instance 3"):
         StepWriter(tmp_path, 3)

@@ -2,9 +2,11 @@
 
 `drive_scheduler.py MODEL_FOLDER FOLDER SETTINGS`: SETTINGS is a JSON list of objects with `name` (the recorder logs
 into that folder under FOLDER), `asynchronous` (two steps in flight, as on a GPU), `drafts` (speculative tokens a step,
-of which a random number is rejected), `blocks` of 16 tokens, `budget` tokens a step and a `seed`. Writes
-FOLDER/NAME.json: the steps as the worker sees them, for each request its number of tokens and the tokens that were
-valid before; what each request generated, had cached and how often it was preempted.
+of which a random number is rejected), `blocks` of 16 tokens, `budget` tokens a step, a `seed` and, if wanted, `policy`,
+`seqs` (the most that run at once), `caching` of prefixes and the number of `requests`. Writes FOLDER/NAME.json: the
+steps as the worker sees them, for each request its number of tokens and the tokens that were valid before, in vLLM's
+order; the requests in order of arrival, each with the number of steps done before it, hashes of its prompt's blocks
+and when it got its first token; what each request generated, had cached and how often it was preempted.
 """
 
 import json
@@ -28,16 +30,18 @@ from vllm.v1.request import Request  # noqa: E402
 from vllm.v1.structured_output import StructuredOutputManager  # noqa: E402
 
 BLOCK = 16
-REQUESTS = 24
 
 
 def make_scheduler(settings):
     """vLLM's scheduler, as its engine makes it."""
     config = VllmConfig(
         model_config=ModelConfig(model=model, dtype="float16", seed=0, skip_tokenizer_init=True),
-        cache_config=CacheConfig(block_size=BLOCK, gpu_memory_utilization=0.9, enable_prefix_caching=True),
+        cache_config=CacheConfig(
+            block_size=BLOCK, gpu_memory_utilization=0.9, enable_prefix_caching=settings.get("caching", True)
+        ),
         scheduler_config=SchedulerConfig(
-            max_num_seqs=8,
+            max_num_seqs=settings.get("seqs", 8),
+            policy=settings.get("policy", "fcfs"),
             max_num_batched_tokens=settings["budget"],
             max_model_len=4096,
             enable_chunked_prefill=True,
@@ -65,30 +69,59 @@ def make_scheduler(settings):
     return made
 
 
+def make_requests(settings, rng):
+    """(step, request) in order of arrival; many prompts begin alike, some are the same up to their length."""
+    hasher = get_request_block_hasher(BLOCK, sha256) if settings.get("caching", True) else None
+    shared, further = [[rng.randrange(2000) for _ in range(64)] for _ in range(2)]
+    waiting = []
+    for i in range(settings.get("requests", 24)):
+        start = (shared + rng.choice([further, []])) if rng.random() < 0.4 else []
+        prompt = start + [rng.randrange(2000) for _ in range(rng.randint(1, 150))]
+        if start and rng.random() < 0.3:
+            prompt = start[: rng.randint(1, len(start))]
+        arrival = {"id": f"cmpl-0a1b2c3d-{i}-0-{i:08x}", "prompt": prompt, "output": rng.randint(1, 60)}
+        waiting.append((rng.randint(0, 60), rng.randrange(3), arrival))
+    waiting.sort(key=lambda row: row[0])
+    by_priority = settings.get("policy") == "priority"
+    return [
+        (step, Request(
+            request_id=arrival["id"], prompt_token_ids=arrival["prompt"], pooling_params=None, block_hasher=hasher,
+            sampling_params=SamplingParams(max_tokens=arrival["output"], ignore_eos=True),
+            priority=priority if by_priority else 0, arrival_time=float(order),
+        ))
+        for order, (step, priority, arrival) in enumerate(waiting)
+    ]  # fmt: skip
+
+
+def describe(request, steps_done):
+    """An arriving request for the record: numbers alone."""
+    keys = request.block_hashes[: request.num_prompt_tokens // BLOCK]
+    return {
+        "id": request.request_id,
+        "at": steps_done,
+        "prompt": request.num_prompt_tokens,
+        "output": request.max_tokens,
+        "priority": request.priority,
+        "blocks": [int.from_bytes(key[:8], "big") for key in keys],
+    }
+
+
 def drive(settings):
     """Run the workload of `settings` to its end."""
     os.environ["WATTRACE_STEPS"] = str(folder / settings["name"])
     rng = random.Random(settings["seed"])
     scheduler = make_scheduler(settings)
-    hasher = get_request_block_hasher(BLOCK, sha256)
-    shared = [rng.randrange(2000) for _ in range(64)]
-    requests, waiting = {}, []
-    for i in range(REQUESTS):
-        prompt = (shared if rng.random() < 0.4 else []) + [rng.randrange(2000) for _ in range(rng.randint(1, 150))]
-        sampling = SamplingParams(max_tokens=rng.randint(1, 60), ignore_eos=True)
-        request = Request(
-            request_id=f"cmpl-0a1b2c3d-{i}-0-{i:08x}", prompt_token_ids=prompt, sampling_params=sampling,
-            pooling_params=None, block_hasher=hasher,
-        )  # fmt: skip
-        requests[request.request_id] = request
-        waiting.append((rng.randint(0, 60), request))
-    waiting.sort(key=lambda pair: pair[0])
-    valid, cached, preemptions, done = {}, {}, dict.fromkeys(requests, 0), []
+    waiting = make_requests(settings, rng)
+    requests = {request.request_id: request for _, request in waiting}
+    valid, cached, preemptions, done, arrivals = {}, {}, dict.fromkeys(requests, 0), [], []
+    firsts = {}
     flying = deque()
-    tick = 0
+    now = 0  # steps that have ended, and rounds without any
     while waiting or scheduler.has_requests() or flying:
-        while waiting and waiting[0][0] <= tick:
-            scheduler.add_request(waiting.pop(0)[1])
+        while waiting and waiting[0][0] <= now:
+            request = waiting.pop(0)[1]
+            arrivals.append(describe(request, len(done)))
+            scheduler.add_request(request)
         output = scheduler.schedule()
         resumed = set(output.scheduled_cached_reqs.resumed_req_ids)
         starts = {new.req_id: new.num_computed_tokens for new in output.scheduled_new_reqs}
@@ -100,14 +133,19 @@ def drive(settings):
             preemptions[i] += i in cached
             cached.setdefault(i, context)
         flying.append((output, starts))
-        tick += 1
         in_flight = 2 if settings["asynchronous"] and (waiting or scheduler.has_requests()) else 1
         while len(flying) >= in_flight and flying:
             execute(scheduler, *flying.popleft(), valid, done, rng, settings)
-            if tick > 100_000:
+            now += 1
+            for i, request in requests.items():
+                if request.num_output_tokens:
+                    firsts.setdefault(i, len(done))
+            if now > 100_000:
                 raise SystemExit("it never ends")
     seen = {
         "steps": done,
+        "arrivals": arrivals,
+        "first_tokens": firsts,
         "generated": {i: r.num_output_tokens for i, r in requests.items()},
         "prompts": {i: r.num_prompt_tokens for i, r in requests.items()},
         "cached": cached,

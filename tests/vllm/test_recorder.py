@@ -74,7 +74,9 @@ def test_what_is_recorded_is_what_a_worker_computes(driven, tmp_path, settings):
         sums[request_id, kind] += tokens
     for i, count in generated.items():
         if not preemptions[i]:
-            assert sums[i, "prefill"] == prompts[i] - cached[i]
+            left = prompts[i] - cached[i]
+            # vLLM pads a prompt of which one token is left with drafts.
+            assert sums[i, "prefill"] - left in ({0, drafts} if left == 1 else {0})
             if not drafts:
                 assert sums[i, "decode"] == count - 1
     totals = rows.group_by("step").agg(

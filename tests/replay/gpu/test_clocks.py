@@ -1,8 +1,6 @@
 """`replay clocks`: how the GPUs run, and giving them back; on the fake driver through the real pynvml."""
 
-import json
-import subprocess
-import sys
+from functools import partial
 
 import pytest
 
@@ -12,26 +10,9 @@ from replay.sim.hardware import load_profile
 
 
 @pytest.fixture
-def ask(driver):
-    """The value of `expression` on the GPUs of the fake driver, and the states that it leaves."""
-
-    def ask(expression, mode="", **settings):
-        script = f"""
-import json
-from replay.gpu.base import open_gpus
-from replay.gpu.clocks import reset, show
-gpus = open_gpus("nvml")
-print(json.dumps({expression}))
-gpus.close()
-"""
-        done = subprocess.run(
-            [sys.executable, "-c", script], env=driver(mode, **settings), capture_output=True, text=True, timeout=60,
-            check=False,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        return json.loads(done.stdout)
-
-    return ask
+def ask(ask):
+    """The value of `expression` on the GPUs of the fake driver."""
+    return partial(ask, imports="from replay.gpu.clocks import reset, show")
 
 
 def test_show_tells_of_every_gpu_how_it_runs(ask, tmp_path):
@@ -134,7 +115,7 @@ def test_a_card_without_power_limits_is_reset_all_the_same(ask):
 
 
 def test_the_simulated_gpus_are_shown_and_reset_too(tmp_path):
-    with SimBoard.create(tmp_path / "board", load_profile("dgx-h100-llama-2-70b")) as board:
+    with SimBoard.create(tmp_path / "board", load_profile()) as board:
         gpus = SimGpus(tmp_path / "board")
         board.lock_clock(2, 1200)
         shown = clocks.show(gpus)

@@ -69,7 +69,7 @@ def test_without_a_driver_they_say_so(replay_command):
 
 
 def test_a_probe_is_what_later_runs_go_by(replay_command, driver, plain_server, make_trace, tmp_path):
-    done = replay_command("probe", "--gpus", "0", "--no-load", "--seconds", "4", "--idle", "2s", env=driver())
+    done = replay_command("probe", "--gpus", "0", "--no-load", "--seconds", "2", "--idle", "1s", env=driver())
     assert done.returncode == 0, done.stderr
     assert "NVIDIA H100 80GB HBM3 (GPU-fake-0), probed" in done.stdout
     os.environ["XDG_CONFIG_HOME"], before = str(tmp_path / "config"), os.environ.get("XDG_CONFIG_HOME")
@@ -82,7 +82,7 @@ def test_a_probe_is_what_later_runs_go_by(replay_command, driver, plain_server, 
     assert profile.instant.period_ns == pytest.approx(100_000_000, rel=0.01)
     trace = make_trace(tmp_path / "trace.parquet", [(0, 10, 2)])
     run = replay_command(
-        "run", trace, "--engine", plain_server, "--gpus", "0", "--idle", "1s", "-o", "run", env=driver()
+        "run", trace, "--engine", plain_server, "--gpus", "0", "--idle", "0s", "-o", "run", env=driver()
     )
     assert run.returncode == 0, run.stderr
     gpus = Run.open(tmp_path / "run").manifest["gpus"]

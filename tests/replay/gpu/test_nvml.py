@@ -8,39 +8,13 @@ import time
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import polars as pl
 import pytest
 
 from replay.rundir import Run
 
 MS = 1_000_000
-
-
-@pytest.fixture
-def ask(driver):
-    """Run `expression` on open GPUs in a process that finds the fake driver; its value, or the error's text."""
-
-    def ask(expression, mode="", **settings):
-        script = f"""
-import json
-from dataclasses import asdict
-from replay.gpu.base import open_gpus
-from tracegen.errors import GpuError
-try:
-    gpus = open_gpus("nvml")
-    print(json.dumps({expression}))
-    gpus.close()
-except GpuError as error:
-    print(json.dumps(str(error)))
-"""
-        argv = [sys.executable, "-c", script]
-        done = subprocess.run(
-            argv, env=driver(mode, **settings), capture_output=True, text=True, timeout=60, check=False
-        )
-        assert done.returncode == 0, done.stderr
-        return json.loads(done.stdout)
-
-    return ask
 
 
 def test_devices_and_their_published_sensors(ask):
@@ -174,10 +148,11 @@ def test_the_fakes_sensors_show_what_their_settings_say(driver, tmp_path):
     changes = tmp_path / "power"
     changes.write_text("".join(f"1 {t} {mw}\n" for t, mw in zip(edges_ns, levels_mw, strict=True)))
 
+    # Millijoules from the first edge to each edge: power is steady in between.
+    counted_mj = np.concatenate([[0], np.cumsum(np.array(levels_mw[:-1]) * 0.131)])
+
     def energy_mj(t_ns):
-        """Joules since the first edge."""
-        steps = zip(edges_ns, [*edges_ns[1:], 2**63], levels_mw, strict=True)
-        return sum(mw * max(0, min(t_ns, end) - since) / 1e9 for since, end, mw in steps)
+        return np.interp(t_ns - start_ns, np.array(edges_ns) - start_ns, counted_mj)
 
     def shown(t_ns, period_ns, lag_ns, window_ns):
         end_ns = (t_ns - 7 * MS) // period_ns * period_ns + 7 * MS - lag_ns

@@ -1,10 +1,7 @@
 """Before a server is launched: is the GPU free, whole, and large enough?"""
 
-import json
 import os
 import re
-import subprocess
-import sys
 
 import pytest
 from hypothesis import given
@@ -96,35 +93,19 @@ def test_what_a_driver_does_not_tell_stops_nothing(tmp_path):
     gpus = Gpus(state(total_mib=None, used_mib=None), state(used_mib=None))
     assert check_free(gpus, [0], allow_busy=False, needs_mib=1e6) == []
     assert check_free(gpus, [1], allow_busy=False, needs_mib=80.0 * GIB) == []
-    SimBoard.create(tmp_path / "board", load_profile("dgx-h100-llama-2-70b")).close()
+    SimBoard.create(tmp_path / "board", load_profile()).close()
     sim = SimGpus(tmp_path / "board")
     assert check_free(sim, range(8), allow_busy=False, needs_mib=1e6) == []
     sim.close()
 
 
 @pytest.fixture
-def checked(driver):
+def checked(ask):
     """`check_free` on both GPUs of the fake driver: the warnings, or the error's text."""
 
     def checked(mode="", *, allow_busy=False, needs_mib=None, **settings):
-        script = f"""
-import json
-from replay.gpu.base import open_gpus
-from replay.gpu.occupancy import check_free
-from tracegen.errors import GpuError
-gpus = open_gpus("nvml")
-try:
-    print(json.dumps(check_free(gpus, [0, 1], {allow_busy}, {needs_mib})))
-except GpuError as error:
-    print(json.dumps(str(error)))
-gpus.close()
-"""
-        done = subprocess.run(
-            [sys.executable, "-c", script], env=driver(mode, **settings), capture_output=True, text=True, timeout=60,
-            check=False,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        return json.loads(done.stdout)
+        expression = f"check_free(gpus, [0, 1], {allow_busy}, {needs_mib})"
+        return ask(expression, mode, imports="from replay.gpu.occupancy import check_free", **settings)
 
     return checked
 

@@ -281,7 +281,7 @@ def test_sensors_that_are_missing_stay_none():
     assert wrapped.reasons["counter over instant"] == "the counter decreased"
 
 
-PROFILE = load_profile("dgx-h100-llama-2-70b")
+PROFILE = load_profile()
 SENSOR = replace(
     PROFILE.sensor,
     period_ns=80 * MS,
@@ -323,7 +323,7 @@ def gpus(board, tmp_path):
 
 def test_the_simulated_board_is_found_out(board, gpus):
     said = []
-    profile = probe(gpus, 2, BoardLoad(board, 2), idle_s=1.0, seconds=8.0, say=said.append)
+    profile = probe(gpus, 2, BoardLoad(board, 2), idle_s=1.0, seconds=6.0, say=said.append)
     assert profile.uuid == "SIM-GPU-2"
     assert profile.instant.period_ns == pytest.approx(80 * MS, rel=5e-3)
     assert profile.instant.window_ns == pytest.approx(50 * MS, abs=6 * MS)
@@ -432,7 +432,7 @@ from replay.gpu.probe import probe
 from replay.gpu.sensor_profiles import known_sensors, save_profile
 gpus = open_gpus("nvml")
 with CudaLoad("GPU-ab000000-0000-0000-0000-000000000001") as load:
-    profile = probe(gpus, 1, load, idle_s=1.0, seconds=12.0)
+    profile = probe(gpus, 1, load, idle_s=1.0, seconds=6.0)
 published = gpus.sensors(1)
 save_profile(profile)
 sensors, source = known_sensors(gpus.devices()[1], published)
@@ -462,7 +462,7 @@ from dataclasses import asdict
 from replay.gpu.base import open_gpus
 from replay.gpu.probe import probe_gpus
 from replay.gpu.sensor_profiles import known_sensors
-[(profile, path)] = probe_gpus("nvml", [0], with_load=False, idle_s=0.5, seconds=4.0)
+[(profile, path)] = probe_gpus("nvml", [0], with_load=False, idle_s=0.5, seconds=2.0)
 gpus = open_gpus("nvml")
 sensors, source = known_sensors(gpus.devices()[0], gpus.sensors(0))
 print(json.dumps([asdict(sensors["instant"]), source, str(path)]))

@@ -1,5 +1,6 @@
 """The simulated board keeps energy exactly, and shows it as a sensor would."""
 
+import math
 import subprocess
 import sys
 import tempfile
@@ -12,10 +13,12 @@ from hypothesis import strategies as st
 
 from replay.gpu.base import Sensor, open_gpus
 from replay.gpu.sim import SimBoard, SimGpus
-from replay.sim.hardware import Hardware, load_profile
+from replay.sim.profile import load_profile
+from replay.sim.sensors import settled_c
+from replay.verdicts import throttle_reasons
 from tracegen.errors import GpuError
 
-PROFILE = load_profile("dgx-h100-llama-2-70b")
+PROFILE = load_profile()
 MS = 1_000_000
 START_NS = 500_000 * MS
 # Power constant before the sensor's present update shows whether a window is right to the nanosecond.
@@ -60,7 +63,7 @@ def gpus(board, tmp_path, clock):
 
 
 def idle_w():
-    return Hardware(PROFILE, 8).idle_w(PROFILE.clocks_mhz.max, loaded=False)
+    return PROFILE.power.idle_unloaded_w
 
 
 @settings(max_examples=60, deadline=None)
@@ -178,6 +181,47 @@ def test_clocks_are_shared_and_given_back(board, gpus):
     with pytest.raises(GpuError, match="cannot be locked to 1201 MHz; it supports 210 to 1980 MHz in steps of 15"):
         gpus.lock_clock(2, 1201)
     assert board.clock_mhz(2) == 1980
+
+
+def test_a_gpu_at_work_shows_the_clock_that_it_runs_at_and_an_idle_one_its_lock(board, gpus, clock):
+    gpus.lock_clock(0, 1980)
+    board.set_power(0, START_NS, 700.0, clock_mhz=1500.4, capped=True, busy=True)
+    board.set_power(0, START_NS + 1000 * MS, 600.0, clock_mhz=1830.0, busy=True)
+    board.set_power(0, START_NS + 2000 * MS, 100.0)
+    seen = []
+    for after_ms in (0, 999, 1999, 2999):
+        clock.now_ns = START_NS + after_ms * MS
+        reading = gpus.read(0)
+        seen.append((reading.sm_clock_mhz, throttle_reasons(reading.throttle_reasons)))
+    assert seen == [(1980, []), (1500, ["software power cap"]), (1830, []), (1980, [])]
+
+
+def test_a_new_lock_shows_on_an_idle_gpu_before_its_sensors_update(board, gpus):
+    before = gpus.read(0)
+    gpus.lock_clock(0, 1200)
+    assert gpus.read(0) == replace(before, sm_clock_mhz=1200)
+
+
+def test_utilization_is_the_share_of_the_last_second_in_which_a_step_ran(board, gpus, clock):
+    start_ns = START_NS + 10 * MS  # of an update of GPU 0
+    for at_ms, busy in ((0, True), (200, False), (400, True), (500, False)):
+        board.set_power(0, start_ns + at_ms * MS, 300.0, busy=busy)
+    for after_ms, percent in ((0, 0), (100, 10), (500, 30), (1000, 30), (1100, 20), (1500, 0)):
+        clock.now_ns = start_ns + after_ms * MS
+        assert gpus.read(0).utilization == percent
+
+
+def test_temperature_settles_where_power_and_cooling_say(board, gpus, clock):
+    thermal = EXACT.thermal
+    cold_c, hot_c = (round(settled_c(watts, thermal)) for watts in (idle_w(), 700.0))
+    assert gpus.read(0).temperature_c == cold_c
+    board.set_power(0, START_NS, 700.0, busy=True)
+    clock.now_ns = START_NS + round(thermal.time_constant_s * 1e9)
+    assert board.temperature_c(0, clock.now_ns) == pytest.approx(
+        settled_c(700.0, thermal) - (700.0 - idle_w()) * thermal.resistance_c_per_w / math.e
+    )
+    clock.now_ns += round(9 * thermal.time_constant_s * 1e9)
+    assert gpus.read(0).temperature_c == hot_c
 
 
 def test_devices_say_that_they_are_simulated(board, tmp_path):

@@ -1,18 +1,21 @@
 """The engine's own time is ideal, however late its loop runs."""
 
 import asyncio
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+import numpy as np
 import pytest
 
-from replay.gpu.sim import _COUNT, _POWERS, _TIMES, SimBoard
+from replay.finish import merge_segments
+from replay.gpu.sim import SimBoard, SimGpus
 from replay.rundir import has_table, scan_table
 from replay.sim.engine import Engine
 from replay.sim.hardware import Hardware, Work, load_profile
 from replay.sim.scheduler import Request, Scheduler
-from replay.steps import SIM_CLOCK, StepWriter
+from replay.sim.virtual import VirtualEngines, arrivals_of, serve
+from replay.steps import SIM_STEP, StepWriter
 
-PROFILE = load_profile("dgx-h100-llama-2-70b")
+PROFILE = load_profile()
 HARDWARE = Hardware(PROFILE, 2)
 GPUS = (4, 5)
 MS = 1_000_000
@@ -36,20 +39,15 @@ class World:
         await asyncio.sleep(0)
 
 
-def run(tmp_path, world, script):
+def run(tmp_path, world, script, hardware=HARDWARE):
     """Run the engine under `script(engine, board)`; what that returns, the board's changes by GPU, the steps."""
 
     async def session():
         with SimBoard.create(tmp_path / "board", PROFILE, now_ns=lambda: world.now_ns) as board:
-            recorder = StepWriter(tmp_path, 0, extra=SIM_CLOCK)
-            scheduler = Scheduler(
-                kv_tokens=HARDWARE.kv_tokens,
-                block_tokens=PROFILE.block_tokens,
-                max_num_seqs=PROFILE.max_num_seqs,
-                max_num_batched_tokens=PROFILE.max_num_batched_tokens,
-            )
+            recorder = StepWriter(tmp_path, 0, extra=SIM_STEP)
+            scheduler = Scheduler(hardware.limits)
             sleep, now = world.sleep_until_ns, lambda: world.now_ns
-            engine = Engine(scheduler, HARDWARE, board, GPUS, recorder, sleep_until_ns=sleep, now_ns=now)
+            engine = Engine(scheduler, hardware, board, GPUS, recorder, sleep_until_ns=sleep, now_ns=now)
             engine.load()
             async with asyncio.TaskGroup() as group:
                 running = group.create_task(engine.run())
@@ -66,9 +64,8 @@ def run(tmp_path, world, script):
 
 def history(board, gpu):
     """(time, watts from then on) of every change on the board."""
-    base = board._base(gpu)
-    for i in range(board._words[base + _COUNT]):
-        yield board._words[base + _TIMES + i], board._floats[base + _POWERS + i]
+    changes = board.history(gpu, START_NS - 10_000 * MS)
+    return zip(changes.t_ns.tolist(), changes.watts.tolist(), strict=True)
 
 
 async def drain(stream):
@@ -121,6 +118,41 @@ def test_a_request_joins_only_steps_that_start_after_it_arrived(tmp_path, late_n
         assert first == 0 or steps["start_ns"][first - 1] < arrival_ns, "in the first step that may have it"
 
 
+@pytest.mark.parametrize("leakage_per_c", [0.0, 0.002])
+def test_virtual_time_gives_the_same_steps_times_and_powers(tmp_path, leakage_per_c):
+    thermal = replace(PROFILE.thermal, leakage_per_c=leakage_per_c)
+    hardware = Hardware(replace(PROFILE, thermal=thermal), 2)
+    world = World(late_ns=2 * MS)
+    rng = np.random.default_rng(3)
+    arrivals = arrivals_of(
+        START_NS + MS + np.cumsum(rng.exponential(400 * MS, 40)).astype(np.int64), rng.integers(1, 5000, 40),
+        rng.integers(1, 60, 40),
+    )  # fmt: skip
+
+    async def script(engine, board):
+        streams = []
+
+        def submit(i):
+            streams.append(engine.submit(Request(i, int(arrivals["prompt"][i]), int(arrivals["output"][i]))))
+
+        world.events = [(int(t), lambda i=i: submit(i)) for i, t in enumerate(arrivals["arrival_ns"])]
+        while len(streams) < 40 or engine.gauges()["num_requests_running"]:
+            if not engine._busy and not engine._inbox and world.events:
+                world.now_ns, action = world.events.pop(0)
+                action()
+            await asyncio.sleep(0)
+
+    _, changes, steps = run(tmp_path, world, script, hardware)
+    served = serve(VirtualEngines(hardware, 1980, start_ns=START_NS), arrivals)
+    for name in ("start_ns", "end_ns", "context_tokens", "prefill_tokens", "requests", "waiting"):
+        assert steps[name].to_list() == served.steps[name].tolist()
+    assert steps["heat"].to_list() == pytest.approx(served.steps["heat"].tolist(), rel=1e-9)
+    watts = [changes[4][start_ns] for start_ns in served.steps["start_ns"].tolist()]
+    assert watts == pytest.approx(served.steps["gpu_w"].tolist(), rel=1e-9)
+    segments = scan_table(tmp_path, "segments").collect()
+    assert merge_segments(segments).height == len(served.segments)
+
+
 def test_an_idle_engine_starts_at_the_arrival_and_draws_idle_power_between(tmp_path):
     world = World()
 
@@ -147,6 +179,28 @@ def test_an_idle_engine_starts_at_the_arrival_and_draws_idle_power_between(tmp_p
         assert energies_j[gpu] == pytest.approx(busy_j / 2 + 2.6 * HARDWARE.idle_w(1980), rel=1e-9)
     unloaded_w = HARDWARE.idle_w(1980, loaded=False)
     assert energies_j[0] == pytest.approx(unloaded_w * (world.now_ns - START_NS) / 1e9, rel=1e-9)
+
+
+def test_the_counter_never_falls_back_when_the_loop_is_late_to_begin(tmp_path):
+    world = World()
+
+    async def script(engine, board):
+        gpus = SimGpus(tmp_path / "board", now_ns=lambda: world.now_ns)
+        readings = []
+        for i in range(3):
+            world.now_ns += 700 * MS
+            stream = engine.submit(Request(i, 3000, 2))
+            for _ in range(4):
+                readings.append(gpus.read(4).energy_mj)
+                world.now_ns += 90 * MS  # the loop stalls: the step began, but its power is not written yet
+            await drain(stream)
+            readings.append(gpus.read(4).energy_mj)
+        gpus.close()
+        return readings
+
+    readings, _, _ = run(tmp_path, world, script)
+    assert readings == sorted(readings)
+    assert len(set(readings)) > 5
 
 
 def test_the_next_step_takes_up_a_changed_clock(tmp_path):

@@ -7,8 +7,29 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from replay.sim.scheduler import Request, Scheduler
+from replay.sim.state import Limits
 
 BLOCK_TOKENS = 4
+
+
+def held(scheduler, request):
+    """KV blocks of a request."""
+    return int(scheduler._core.requests["held"][request.row]) if request.row >= 0 else 0
+
+
+def computed_tokens(scheduler, request):
+    return int(scheduler._core.requests["computed"][request.row]) if request.row >= 0 else 0
+
+
+def queued(scheduler):
+    """The running requests in their order, then the waiting ones in theirs."""
+    core = scheduler._core
+    rows, row = [], int(core.state["first"][0])
+    while row >= 0:
+        rows.append(row)
+        row = int(core.requests["next"][row])
+    running = core.running[: scheduler.running].tolist()
+    return [scheduler._by_row[row] for row in running], [scheduler._by_row[row] for row in rows]
 
 
 @dataclass
@@ -34,10 +55,10 @@ def drive(scheduler, arrivals, aborts=(), on_batch=None):
         if not scheduler.running + scheduler.waiting:
             step += 1
             continue
-        computed = {request: request.computed_tokens for request in requests}
+        computed = {request: computed_tokens(scheduler, request) for request in requests}
         batch = scheduler.schedule()
         for request in requests:
-            tallies[request].lost += max(0, computed[request] - request.computed_tokens)
+            tallies[request].lost += max(0, computed[request] - computed_tokens(scheduler, request))
         if on_batch:
             on_batch(batch)
         for at, index in aborts:
@@ -47,7 +68,7 @@ def drive(scheduler, arrivals, aborts=(), on_batch=None):
         kinds = {part.request: part.kind for part in batch.parts}
         for request, kind, tokens, _ in batch.parts:
             setattr(tallies[request], kind, getattr(tallies[request], kind) + tokens)
-        for request in scheduler.complete(batch):
+        for request in scheduler.complete():
             tallies[request].received += 1
             tallies[request].from_prefill += kinds[request] == "prefill"
         step += 1
@@ -64,13 +85,14 @@ def workloads(draw):
         lambda prompt: st.tuples(st.integers(0, 30), st.just(prompt), st.integers(1, capacity - prompt + 1))
     )
     arrivals = sorted(draw(st.lists(sizes, min_size=1, max_size=8)), key=lambda arrival: arrival[0])
-    scheduler = Scheduler(
+    limits = Limits(
         kv_tokens=capacity + draw(st.integers(0, BLOCK_TOKENS - 1)),
         block_tokens=BLOCK_TOKENS,
         max_num_seqs=draw(st.integers(1, 5)),
         max_num_batched_tokens=draw(st.integers(1, 20)),
+        enable_prefix_caching=False,
     )
-    return scheduler, arrivals
+    return Scheduler(limits), arrivals
 
 
 @settings(max_examples=150, deadline=None)
@@ -82,19 +104,20 @@ def test_every_request_gets_its_tokens_and_no_step_breaks_a_limit(workload):
         parts = [part.request for part in batch.parts]
         assert parts, "nothing runs although something is queued"
         assert len(set(parts)) == len(parts)
-        assert sum(part.tokens for part in batch.parts) <= scheduler._max_num_batched_tokens
+        assert sum(part.tokens for part in batch.parts) <= scheduler.limits.max_num_batched_tokens
         assert all(part.tokens >= 1 for part in batch.parts)
-        assert len(scheduler._running) <= scheduler._max_num_seqs
-        held = [request.blocks for request in scheduler._running]
-        assert scheduler._free_blocks >= 0
-        assert sum(held) + scheduler._free_blocks == scheduler._blocks
-        assert all(request.blocks == 0 for request in scheduler._waiting)
-        assert batch.kv_usage == pytest.approx(sum(held) / scheduler._blocks)
+        running, waiting = queued(scheduler)
+        assert len(running) <= scheduler.limits.max_num_seqs
+        in_use = sum(held(scheduler, request) for request in running)
+        blocks = scheduler.limits.kv_tokens // BLOCK_TOKENS
+        assert batch.kv_usage == pytest.approx(in_use / blocks)
+        assert in_use <= blocks
+        assert all(held(scheduler, request) == 0 for request in waiting)
         for request, _, tokens, context in batch.parts:
-            assert request.blocks * BLOCK_TOKENS >= context + tokens
-        line = [request.request_id for request in [*scheduler._running, *scheduler._waiting]]
+            assert held(scheduler, request) * BLOCK_TOKENS >= context + tokens
+        line = [request.request_id for request in [*running, *waiting]]
         assert line == sorted(line), "not first come, first served"
-        assert batch.waiting == len(scheduler._waiting)
+        assert batch.waiting == len(waiting)
 
     tallies = drive(scheduler, arrivals, on_batch=check)
     for (_, prompt, output), tally in zip(arrivals, tallies.values(), strict=True):
@@ -122,7 +145,7 @@ def test_aborted_requests_leave_nothing_behind(workload, aborts):
 
 @settings(max_examples=100, deadline=None)
 @given(workloads())
-@example((Scheduler(kv_tokens=32, block_tokens=4, max_num_seqs=2, max_num_batched_tokens=5), [(0, 7, 2), (0, 6, 3)]))
+@example((Scheduler(Limits(32, 4, 2, 5)), [(0, 7, 2), (0, 6, 3)]))
 def test_totals_are_the_sums_over_parts(workload):
     scheduler, arrivals = workload
 
@@ -145,15 +168,15 @@ def shapes(batch):
 
 
 def test_a_long_prompt_is_cut_into_chunks_behind_the_decodes():
-    scheduler = Scheduler(kv_tokens=400, block_tokens=4, max_num_seqs=4, max_num_batched_tokens=40)
+    scheduler = Scheduler(Limits(400, 4, 4, 40))
     scheduler.add(Request(0, 10, 9))
-    assert [r.request_id for r in scheduler.complete(scheduler.schedule())] == [0]
+    assert [r.request_id for r in (scheduler.schedule(), scheduler.complete())[1]] == [0]
     scheduler.add(Request(1, 100, 2))
     seen, got = [], []
     for _ in range(4):
         batch = scheduler.schedule()
         seen.append(shapes(batch))
-        got.append([request.request_id for request in scheduler.complete(batch)])
+        got.append([request.request_id for request in scheduler.complete()])
     assert seen == [
         [(0, "decode", 1, 10), (1, "prefill", 39, 0)],
         [(0, "decode", 1, 11), (1, "prefill", 39, 39)],
@@ -163,28 +186,88 @@ def test_a_long_prompt_is_cut_into_chunks_behind_the_decodes():
     assert got == [[0], [0], [0, 1], [0, 1]], "the last chunk yields the first token"
 
 
-def test_the_request_admitted_last_is_preempted_and_computes_all_its_tokens_anew():
-    scheduler = Scheduler(kv_tokens=16, block_tokens=4, max_num_seqs=4, max_num_batched_tokens=40)
-    first, second = Request(0, 7, 6), Request(1, 8, 3)
-    scheduler.add(first)
-    scheduler.add(second)
-    scheduler.complete(scheduler.schedule())  # both prefilled, two blocks each: the cache is full
-    batch = scheduler.schedule()  # the first still has room in its last block; the second needs a third block
-    assert shapes(batch) == [(0, "decode", 1, 7)]
-    assert (second.blocks, second.generated_tokens, scheduler.waiting, scheduler.preemptions) == (0, 1, 1, 1)
-    scheduler.complete(batch)
-    batch = scheduler.schedule()
-    assert shapes(batch) == [(0, "decode", 1, 8)]  # the first takes a third block; one free block is too few
-    while batch.parts and first.blocks:
-        scheduler.complete(batch)
+def test_the_request_admitted_last_is_preempted_and_computes_anew_what_the_cache_has_lost():
+    for caching, expected in ((False, [(1, "prefill", 9, 0)]), (True, [(1, "prefill", 5, 4)])):
+        scheduler = Scheduler(Limits(16, 4, 4, 40, enable_prefix_caching=caching))
+        first, second = Request(0, 7, 6), Request(1, 8, 3)
+        scheduler.add(first)
+        scheduler.add(second)
+        scheduler.schedule()
+        scheduler.complete()  # both prefilled, two blocks each: the cache is full
+        batch = scheduler.schedule()  # the first still has room in its last block; the second needs a third block
+        assert shapes(batch) == [(0, "decode", 1, 7)]
+        assert (held(scheduler, second), second.generated_tokens) == (0, 1)
+        assert (scheduler.waiting, scheduler.preemptions) == (1, 1)
+        scheduler.complete()
         batch = scheduler.schedule()
-    assert shapes(batch) == [(1, "prefill", 9, 0)], "prompt and generated token"
-    assert scheduler.complete(batch) == [second]
-    assert second.generated_tokens == 2
+        assert shapes(batch) == [(0, "decode", 1, 8)]  # the first takes a third block; one free block is too few
+        while not first.finished:
+            scheduler.complete()
+            batch = scheduler.schedule()
+        # Prompt and generated token; with the cache, the first of its blocks is still there, the first took the other.
+        assert shapes(batch) == expected
+        assert scheduler.complete() == [second]
+        assert second.generated_tokens == 2
+
+
+def test_a_shared_beginning_is_computed_once_and_the_last_token_always():
+    scheduler = Scheduler(Limits(400, 4, 4, 100))
+    scheduler.add(Request(0, 12, 2, keys=[11, 12, 13]))
+    assert shapes(scheduler.schedule()) == [(0, "prefill", 12, 0)]
+    scheduler.complete()
+    scheduler.add(same := Request(1, 12, 1, keys=[11, 12, 13]))
+    scheduler.add(other := Request(2, 12, 1, keys=[11, 99, 13]))
+    assert shapes(scheduler.schedule()) == [(0, "decode", 1, 12), (1, "prefill", 4, 8), (2, "prefill", 8, 4)]
+    scheduler.complete()
+    assert (same.cached_tokens, other.cached_tokens) == (8, 4)
+    assert scheduler.kv_usage == 0
+    scheduler.add(later := Request(3, 13, 1, keys=[11, 12, 13]))
+    scheduler.schedule()
+    scheduler.complete()
+    assert later.cached_tokens == 12, "also after all who had it have gone"
+
+
+def test_the_least_recently_used_content_is_lost_first():
+    scheduler = Scheduler(Limits(24, 4, 4, 100))  # six blocks
+    for i, keys in enumerate(([11, 12], [21, 22], [11, 12], [31, 32], [41])):
+        scheduler.add(Request(i, 4 * len(keys) + 1, 1, keys=keys))
+        scheduler.schedule()
+        scheduler.complete()
+    cached = {}
+    for first in (11, 21):
+        scheduler.add(request := Request(9, 5, 1, keys=[first]))
+        scheduler.schedule()
+        scheduler.complete()
+        cached[first] = request.cached_tokens
+    assert cached == {11: 4, 21: 0}
+
+
+def test_a_more_important_request_goes_first_and_the_least_important_is_preempted():
+    scheduler = Scheduler(Limits(16, 4, 2, 40, priority=True))
+    requests = [Request(0, 7, 6, priority=2), Request(1, 8, 3, priority=1), Request(2, 4, 2, priority=0)]
+    for request in requests:
+        scheduler.add(request)
+    assert shapes(scheduler.schedule()) == [(2, "prefill", 4, 0), (1, "prefill", 8, 0)]
+    scheduler.complete()
+    order = []
+    while scheduler.running + scheduler.waiting:
+        scheduler.schedule()
+        order += [request.request_id for request in scheduler.complete() if request.finished]
+    assert order == [2, 1, 0]
+    scheduler = Scheduler(Limits(16, 4, 2, 40, priority=True))
+    for request in (low := Request(0, 7, 9, priority=5), high := Request(1, 7, 9, priority=0)):
+        scheduler.add(request)
+        scheduler.schedule()
+        scheduler.complete()
+    while not scheduler.preemptions:
+        batch = scheduler.schedule()
+        scheduler.complete()
+    assert [part.request for part in batch.parts] == [high], "though the other was admitted first"
+    assert held(scheduler, low) == 0
 
 
 def test_a_request_that_can_never_run_is_refused():
-    scheduler = Scheduler(kv_tokens=16, block_tokens=4, max_num_seqs=4, max_num_batched_tokens=40)
+    scheduler = Scheduler(Limits(16, 4, 4, 40))
     assert scheduler.fits(10, 7)  # the last token is never cached
     assert not scheduler.fits(10, 8)
     with pytest.raises(ValueError, match=r"10 \+ 8 tokens exceeds the KV cache of 16"):

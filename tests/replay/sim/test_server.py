@@ -21,7 +21,7 @@ from replay.sim.hardware import Hardware, Work, load_profile
 from replay.sim.server import Settings, _parse_gpus, serve
 from tracegen.errors import ReplayError
 
-PROFILE = load_profile("dgx-h100-llama-2-70b")
+PROFILE = load_profile()
 MODEL = "llama"
 GPUS = (2, 3, 4, 5)
 
@@ -29,7 +29,8 @@ GPUS = (2, 3, 4, 5)
 def arguments(folder, *more):
     files = ["--board", str(folder / "board"), "--record", str(folder / "run")]
     gpus = ["--tp", "4", "--gpus", ",".join(map(str, GPUS))]
-    return [sys.executable, "-m", "replay.sim.server", *files, *gpus, "--port", "0", "--model", MODEL, *more]
+    name = ["--served-model-name", MODEL]
+    return [sys.executable, "-m", "replay.sim.server", *files, *gpus, "--port", "0", *name, *more]
 
 
 @contextmanager
@@ -108,7 +109,21 @@ def test_streams_carry_exact_counts(server):
         assert [event["choices"][0]["finish_reason"] for event in tokens] == [None] * (4 + i) + ["length"]
         assert len({event["choices"][0]["text"] for event in tokens}) == 5 + i
         assert closing["choices"] == []
-        assert closing["usage"] == {"prompt_tokens": 10 + i, "completion_tokens": 5 + i, "total_tokens": 15 + 2 * i}
+        assert closing["usage"] == {
+            "prompt_tokens": 10 + i, "completion_tokens": 5 + i, "total_tokens": 15 + 2 * i,
+            "prompt_tokens_details": {"cached_tokens": 0},
+        }  # fmt: skip
+
+
+def test_a_beginning_that_was_there_before_is_not_computed_again(server):
+    async def conversation(session):
+        body = {"prompt": [*range(100, 200)], "max_tokens": 2}
+        first = await complete(session, server.url, **body)
+        again = await complete(session, server.url, **body)
+        other = await complete(session, server.url, prompt=[*range(100, 150), *range(50)], max_tokens=2)
+        return [answer["usage"]["prompt_tokens_details"]["cached_tokens"] for _, answer in (first, again, other)]
+
+    assert talk(conversation) == [0, 96, 48], "whole blocks of 16 tokens, and always one token is computed"
 
 
 def test_usage_comes_only_when_asked_for(server):
@@ -129,7 +144,8 @@ def test_a_whole_answer_without_an_integer_id(server):
 
     status, answer = talk(conversation)
     assert (status, answer["id"], answer["object"]) == (200, "cmpl-abc", "text_completion")
-    assert answer["usage"] == {"prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7}
+    assert answer["usage"]["prompt_tokens_details"] == {"cached_tokens": 0}
+    assert (answer["usage"]["prompt_tokens"], answer["usage"]["completion_tokens"]) == (3, 4)
     (choice,) = answer["choices"]
     assert (choice["finish_reason"], len(choice["text"].split())) == ("length", 4)
 
@@ -163,6 +179,8 @@ def test_refusals_have_vllms_form(server):
         ({"prompt": [[]]}, "prompt must not be empty"),
         ({"prompt": [1, "a"]}, "a text or a list of token ids"),
         ({"prompt": [[1], [2]]}, "must be one prompt"),
+        ({"prompt": [1, -1]}, "none of them negative"),
+        ({"prompt": [1], "max_tokens": 1, "priority": 3}, "Priority scheduling is not enabled"),
         ({"prompt": "a", "n": 2}, "n must be 1"),
         ({"prompt": "a", "max_tokens": 0}, "max_tokens must be at least 1, got 0"),
         ({"prompt": "a", "max_tokens": 3, "min_tokens": 4}, "max_tokens=3, got 4"),
@@ -240,7 +258,7 @@ def test_the_record_agrees_with_what_was_received_and_the_board_with_the_record(
 
     async def conversation(session, url):
         async def one(request_id, prompt, output):
-            _, answer = await complete(session, url, request_id, prompt=[1] * prompt, max_tokens=output)
+            _, answer = await complete(session, url, request_id, prompt=[prompt] * prompt, max_tokens=output)
             return answer["usage"]["completion_tokens"]
 
         counts = await asyncio.gather(*(one(key, *size) for key, size in sizes.items()))

@@ -14,7 +14,7 @@ from replay.sim.hardware import Hardware, Work, load_profile
 from replay.sim.truth import shapley_truth
 from tracegen.errors import RunError
 
-HARDWARE = Hardware(load_profile("dgx-h100-llama-2-70b"), 2)
+HARDWARE = Hardware(load_profile(), 2)
 MHZ = 1395.0
 
 # One request as the tables tell it: (first step, prefill chunks, decode steps, context before).
@@ -47,6 +47,7 @@ def tables(requests, *, ids=None, mhz=MHZ):
             "step": pl.Series(number, dtype=pl.UInt64),
             "requests": pl.Series(count, dtype=pl.UInt32),
             "clock_mhz": pl.Series([clock(n) for n in number], dtype=pl.Float64),
+            "heat": pl.Series(np.ones(number.size), dtype=pl.Float64),
         }
     )
     return steps, frame
@@ -227,3 +228,10 @@ def test_no_segments_no_rows():
     found = shapley_truth(steps.clear(), segments.clear(), HARDWARE)
     assert found.is_empty()
     assert found.schema == TRUTH
+
+
+def test_leakage_is_paid_by_those_who_ran_in_the_heat():
+    steps, segments = tables([(0, [500], 3, 0), (2, [1500], 3, 0)], mhz=800.0)  # far from the power cap
+    cold = shapley_truth(steps, segments, HARDWARE)
+    warm = shapley_truth(steps.with_columns(heat=pl.lit(1.05)), segments, HARDWARE)
+    assert warm["energy_j"].to_list() == pytest.approx((cold["energy_j"] * 1.05).to_list())

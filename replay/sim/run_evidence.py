@@ -1,0 +1,186 @@
+"""A profile held against run directories: each step's duration, and each power reading's window over the steps in it.
+
+No simulation is needed: what every step did is on record, so its duration and power follow from the formulas alone.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import polars as pl
+from scipy.sparse import csr_array
+
+from replay.rundir import Run, has_table, scan_table
+from replay.sim.hardware import Hardware, Work
+from replay.sim.physics import FloatArray
+from replay.sim.profile import Profile
+from tracegen.errors import ReplayError
+
+IntArray = npt.NDArray[np.int64]
+_STEP, _WINDOW = 0.05, 0.04  # what a good fit is expected to leave of a step's duration, of a window's power
+_MOST_STEPS, _MOST_WINDOWS = 20_000, 20_000  # of one instance; more are thinned out evenly
+_BLOCK_NS = 2_000_000_000  # held out together: neighbouring steps and windows are alike
+_LEAST_STEPS = 20
+
+
+class Windows(NamedTuple):
+    """What one GPU's sensor showed: mean power over [start, end]."""
+
+    start_ns: IntArray
+    end_ns: IntArray
+    watts: FloatArray
+
+
+@dataclass(frozen=True)
+class RunEvidence:
+    """One engine instance of a run: its steps, and the power windows of its GPUs."""
+
+    name: str
+    tp: int
+    clock_mhz: float  # the lock
+    work: Work[FloatArray]  # of each step
+    start_ns: IntArray
+    end_ns: IntArray
+    windows: Windows
+    overlap: csr_array  # [windows, steps]: which part of a window each step fills
+    use_steps: npt.NDArray[np.bool_]
+    use_windows: npt.NDArray[np.bool_]
+
+    def errors(self, profile: Profile) -> tuple[FloatArray, FloatArray]:
+        """Simulated over measured - 1 of the durations of the steps, and of the power of the windows, in use."""
+        hardware = Hardware(profile, self.tp)
+        duration_s, gpu_w = (
+            hardware.step_s(self.work, self.clock_mhz),
+            hardware.step_w(self.work, self.clock_mhz) / self.tp,
+        )
+        measured_s = (self.end_ns - self.start_ns) / 1e9
+        idle_w = hardware.idle_w(self.clock_mhz)
+        shown_w = idle_w + self.overlap @ (gpu_w - idle_w)
+        step = (duration_s / measured_s - 1)[self.use_steps]
+        return step, (shown_w / self.windows.watts - 1)[self.use_windows]
+
+    def residuals(self, profile: Profile) -> FloatArray:
+        """Durations, then power; each kind weighs as if it had the number of the rarer."""
+        step, window = (np.log1p(np.maximum(error, -0.999)) for error in self.errors(profile))
+        if not window.size:
+            return step / _STEP
+        rarer = min(step.size, window.size)
+        return np.concatenate(
+            [step / _STEP * np.sqrt(rarer / step.size), window / _WINDOW * np.sqrt(rarer / window.size)]
+        )
+
+    def part(self, *, held_out: bool, share: float, seed: int) -> "RunEvidence":
+        """The same instance with the held-out stretches of time in use, or with all others."""
+        first = int(self.start_ns[0])
+        blocks = (int(self.end_ns[-1]) - first) // _BLOCK_NS + 1
+        out = np.zeros(blocks, dtype=bool)
+        out[np.random.default_rng(seed).permutation(blocks)[: round(share * blocks)]] = True
+
+        def of(times_ns: IntArray) -> npt.NDArray[np.bool_]:
+            block = np.clip((times_ns - first) // _BLOCK_NS, 0, blocks - 1)
+            return np.asarray(out[block] == held_out)
+
+        return RunEvidence(
+            self.name, self.tp, self.clock_mhz, self.work, self.start_ns, self.end_ns, self.windows, self.overlap,
+            self.use_steps & of(self.start_ns), self.use_windows & of(self.windows.start_ns),
+        )  # fmt: skip
+
+
+def read_run(path: Path, profile: Profile) -> list[RunEvidence]:
+    """The instances of the run directory `path` as evidence for `profile`.
+
+    Raises `ReplayError` when the run has no steps, names no clock or TP size, or was made on other hardware.
+    """
+    run = Run.open(path)
+    if not has_table(path, "steps"):
+        raise ReplayError(
+            f"--points {path}: has no steps.parquet; replay with --engine vllm or sim, which record steps"
+        )
+    steps = scan_table(path, "steps").collect()
+    power = scan_table(path, "power").collect() if has_table(path, "power") else None
+    found = []
+    for document in run.manifest.get("instances", []):
+        name = f"{run.name}, instance {document.get('instance')}"
+        tp, clock_mhz = document.get("tp"), document.get("freq_mhz")
+        if not tp or not clock_mhz:
+            raise ReplayError(
+                f"--points {path}: {name} has no TP size or locked clock in manifest.json; use --tp and --freq"
+            )
+        own = steps.filter((pl.col("instance") == document["instance"]) & (pl.col("end_ns") > pl.col("start_ns")))
+        if own.height < _LEAST_STEPS:
+            raise ReplayError(f"--points {path}: {name} has {own.height} steps; {_LEAST_STEPS} are needed")
+        if tp not in profile.tp_sizes():
+            raise ReplayError(f"--points {path}: {name} ran at TP {tp}, which {profile.name} cannot")
+        windows = [_windows(run, power, document.get("host"), gpu) for gpu in document.get("gpus") or []]
+        found.append(_evidence(name, int(tp), float(clock_mhz), own.sort("start_ns"), _joined(windows)))
+    if not found:
+        raise ReplayError(f"--points {path}: manifest.json names no instances")
+    return found
+
+
+def _evidence(name: str, tp: int, clock_mhz: float, steps: pl.DataFrame, windows: Windows) -> RunEvidence:
+    """Steps and windows, thinned out, with how they overlap."""
+    columns = ("prefill_tokens", "decode_tokens", "context_tokens", "prefill_attention")
+    work = Work(*(steps[column].to_numpy().astype(float) for column in columns))
+    start_ns, end_ns = steps["start_ns"].to_numpy(), steps["end_ns"].to_numpy()
+    # A window that reaches beyond the steps on record may hold warm-up steps that are not.
+    inside = (windows.start_ns >= start_ns[0]) & (windows.end_ns <= end_ns[-1])
+    windows = Windows(*(column[inside] for column in windows))
+    windows = Windows(*(column[_thinned(windows.watts.size, _MOST_WINDOWS)] for column in windows))
+    return RunEvidence(
+        name, tp, clock_mhz, work, start_ns, end_ns, windows, _overlap(windows, start_ns, end_ns),
+        _thinned(start_ns.size, _MOST_STEPS), np.ones(windows.watts.size, dtype=bool),
+    )  # fmt: skip
+
+
+def _thinned(count: int, most: int) -> npt.NDArray[np.bool_]:
+    """A mask [count] with at most `most` set, evenly spread."""
+    mask = np.zeros(count, dtype=bool)
+    mask[:: max(1, -(-count // most))] = True
+    return mask
+
+
+def _overlap(windows: Windows, start_ns: IntArray, end_ns: IntArray) -> csr_array:
+    """[windows, steps]: the part of each window that each step fills; steps follow each other without overlap."""
+    first = np.searchsorted(end_ns, windows.start_ns, side="right")
+    last = np.searchsorted(start_ns, windows.end_ns, side="left")
+    counts = np.maximum(last - first, 0)
+    indptr = np.concatenate([[0], np.cumsum(counts)])
+    row = np.repeat(np.arange(counts.size), counts)
+    step = np.arange(indptr[-1]) - np.repeat(indptr[:-1] - first, counts)
+    shared_ns = np.minimum(end_ns[step], windows.end_ns[row]) - np.maximum(start_ns[step], windows.start_ns[row])
+    share = shared_ns / (windows.end_ns - windows.start_ns)[row]
+    return csr_array((share, step, indptr), shape=(counts.size, start_ns.size))
+
+
+def _windows(run: Run, power: pl.DataFrame | None, host: Any, gpu: int) -> Windows:
+    """The readings of one GPU: the instant sensor's windows, else what the energy counter added between updates."""
+    empty = Windows(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0))
+    if power is None:
+        return empty
+    own = power.filter(pl.col("gpu") == gpu)
+    if host is not None:
+        own = own.filter(pl.col("host") == host)
+    documents = [entry for entry in run.manifest.get("gpus", []) if entry.get("gpu") == gpu]
+    documents = [entry for entry in documents if host is None or entry.get("host") == host]
+    instant = (documents[0].get("sensors") or {}).get("instant") if documents else None
+    if instant and instant.get("window_ns") and own["power_instant_mw"].null_count() < own.height:
+        seen = own.drop_nulls(["sensor_ns", "power_instant_mw"]).unique("sensor_ns", keep="first").sort("sensor_ns")
+        end_ns = seen["sensor_ns"].to_numpy() - int(instant.get("lag_ns") or 0)
+        return Windows(end_ns - int(instant["window_ns"]), end_ns, seen["power_instant_mw"].to_numpy() / 1e3)
+    seen = own.drop_nulls(["sensor_ns", "energy_mj"]).unique("sensor_ns", keep="first").sort("sensor_ns")
+    if seen.height < 2:  # noqa: PLR2004 - an interval has two ends
+        return empty
+    at_ns, counted_mj = seen["sensor_ns"].to_numpy(), seen["energy_mj"].to_numpy().astype(float)
+    return Windows(at_ns[:-1], at_ns[1:], np.diff(counted_mj) / 1e3 / (np.diff(at_ns) / 1e9))
+
+
+def _joined(windows: Sequence[Windows]) -> Windows:
+    """The windows of several GPUs in one; a reading of 0 W is none."""
+    if not windows:
+        return Windows(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0))
+    whole = Windows(*(np.concatenate(columns) for columns in zip(*windows, strict=True)))
+    return Windows(*(column[whole.watts > 0] for column in whole))
