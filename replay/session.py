@@ -95,9 +95,9 @@ async def run(options: RunOptions, progress: Progress) -> Path:
             clear(plan, error, keep_folder=not made)
         if state.interrupted and isinstance(error, asyncio.CancelledError):
             raise KeyboardInterrupt from None
-        raise in_one_line(plan, state.failure or error) from None
+        raise _in_one_line(plan, state.failure or error) from None
     if state.failure is not None:
-        raise in_one_line(plan, state.failure)
+        raise _in_one_line(plan, state.failure)
     return plan.run_dir
 
 
@@ -114,7 +114,7 @@ def claim(run_dir: Path) -> bool:
     return made
 
 
-def in_one_line(plan: Plan, error: BaseException) -> BaseException:
+def _in_one_line(plan: Plan, error: BaseException) -> BaseException:
     """A full or failing disk is nobody's bug; other errors stay what they are."""
     if not isinstance(error, OSError):
         return error

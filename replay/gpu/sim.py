@@ -5,9 +5,9 @@ file as a driver shows its sensors, by the rules of `replay.sim.sensors`. Locked
 engine to read.
 
 Layout, native byte order: a page with a JSON description, then per GPU words of 8 bytes: the number of changes ever
-written, the locked clock (0: none), the time up to which power is known, the power cap (0: none), and a ring of the latest changes as arrays:
-the columns of `replay.sim.sensors.History`. Each GPU has at most one writer of power. It stores a change first and its
-number after, whole words both, and a reader looks at the number again when it has read.
+written, the locked clock (0: none), the time up to which power is known, the power cap (0: none), and a ring of the
+latest changes as arrays: the columns of `replay.sim.sensors.History`. Each GPU has at most one writer of power. It
+stores a change first and its number after, whole words both, and a reader looks at the number again when it has read.
 
 GPUs that no engine holds draw their unloaded idle power.
 """

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
+
+from replay.sim.compiled import compiled, inlined
 
 RecordArray = npt.NDArray[Any]  # of records, which compiled code reads by field: `array[i].field`
 Record = Any  # one of them
@@ -41,7 +42,7 @@ def make_pool(blocks: int) -> Pool:
     return Pool(records, np.zeros(size, dtype=SLOT), np.array([blocks], dtype=np.int64))
 
 
-@njit(cache=True)
+@inlined
 def mix(a: np.uint64, b: np.uint64) -> np.uint64:
     """A key of two numbers, never 0: SplitMix64's finaliser (Steele, Lea and Flood, OOPSLA'14)."""
     z = a + np.uint64(0x9E3779B97F4A7C15) * (b + np.uint64(1))
@@ -51,7 +52,7 @@ def mix(a: np.uint64, b: np.uint64) -> np.uint64:
     return z if z != np.uint64(0) else np.uint64(1)
 
 
-@njit(cache=True)
+@compiled
 def content_keys(tokens: npt.NDArray[np.uint64], block_tokens: int) -> npt.NDArray[np.uint64]:
     """The key of each full block of `tokens`: of all tokens up to its end, for what they are depends on all of them."""
     keys = np.empty(len(tokens) // block_tokens, np.uint64)
@@ -63,7 +64,7 @@ def content_keys(tokens: npt.NDArray[np.uint64], block_tokens: int) -> npt.NDArr
     return keys
 
 
-@njit(cache=True)
+@inlined
 def take_free(pool: Pool) -> int:
     """Hold the free block that comes first; its content is lost."""
     blocks = pool.blocks
@@ -75,7 +76,7 @@ def take_free(pool: Pool) -> int:
     return taken
 
 
-@njit(cache=True)
+@inlined
 def hold(pool: Pool, block: int) -> None:
     """Hold a block for its content too."""
     if pool.blocks[block].holders == 0:
@@ -83,7 +84,7 @@ def hold(pool: Pool, block: int) -> None:
     pool.blocks[block].holders += 1
 
 
-@njit(cache=True)
+@inlined
 def release(pool: Pool, block: int, full: bool) -> None:
     """Let go of a block. Unheld, it queues up: at the end when it is `full`, in front when its content has no use."""
     blocks = pool.blocks
@@ -98,7 +99,7 @@ def release(pool: Pool, block: int, full: bool) -> None:
     pool.free[0] += 1
 
 
-@njit(cache=True)
+@inlined
 def find(pool: Pool, key: np.uint64) -> int:
     """A block with the content `key`, -1 where there is none."""
     slots = pool.slots
@@ -111,7 +112,7 @@ def find(pool: Pool, key: np.uint64) -> int:
     return -1
 
 
-@njit(cache=True)
+@inlined
 def name(pool: Pool, block: int, key: np.uint64) -> None:
     """Let `block` be found by the content `key`."""
     slots = pool.slots
@@ -124,7 +125,7 @@ def name(pool: Pool, block: int, key: np.uint64) -> None:
     pool.blocks[block].key = key
 
 
-@njit(cache=True)
+@inlined
 def _unlink(pool: Pool, block: int) -> None:
     """Take a block out of the queue."""
     blocks = pool.blocks
@@ -134,7 +135,7 @@ def _unlink(pool: Pool, block: int) -> None:
     pool.free[0] -= 1
 
 
-@njit(cache=True)
+@compiled
 def _forget(pool: Pool, block: int) -> None:
     """Let `block` not be found any more; what was put off its place by it moves up."""
     slots, key = pool.slots, pool.blocks[block].key

@@ -132,11 +132,13 @@ def _evidence(profile: Profile, data: Data, holdout: float, seed: int) -> list[E
 
 def _without(profile: Profile, data: Data, mhz: int, progress: Progress) -> pl.DataFrame:
     """The points at `mhz` and at the highest clock, simulated by a fit to the points at all clocks but `mhz`."""
-    assert data.points is not None  # noqa: S101 - for mypy: the caller has looked
+    assert data.points is not None
     others = PointEvidence(data.points.filter(pl.col("sm_clock_mhz") != mhz), data.load)
     steps = tuple(step for step in step_times(profile) if step.fitted and step.clock_mhz != mhz)
     evidence: list[Evidence] = [others, StepEvidence(steps)] if steps else [others]
-    found = fit(profile, evidence, constants_of(profile), progress=lambda n, cost: progress(f"without {mhz} MHz", n, cost))
+    found = fit(
+        profile, evidence, constants_of(profile), progress=lambda n, cost: progress(f"without {mhz} MHz", n, cost)
+    )
     top = data.points["sm_clock_mhz"].max()
     return simulate_points(found.profile, data.points.filter(pl.col("sm_clock_mhz").is_in([mhz, top])), data.load)
 

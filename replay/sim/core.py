@@ -11,9 +11,9 @@ tokens anew (preemption by recomputation).
 """
 
 import numpy as np
-from numba import njit
 
 from replay.sim.blocks import Record, find, hold, mix, name, release, take_free
+from replay.sim.compiled import compiled, inlined
 from replay.sim.state import (
     DECODE,
     FINISHED,
@@ -28,7 +28,7 @@ from replay.sim.state import (
 )
 
 
-@njit(cache=True)
+@compiled
 def add(core: Core, row: int) -> None:
     """Queue the request of `row`."""
     state, request = core.state[0], core.requests[row]
@@ -41,7 +41,7 @@ def add(core: Core, row: int) -> None:
     state.stuck = 0
 
 
-@njit(cache=True)
+@compiled
 def drop(core: Core, row: int) -> None:
     """Take a request out, wherever it is, and free its blocks; one that has left already is no error."""
     state, request = core.state[0], core.requests[row]
@@ -57,7 +57,7 @@ def drop(core: Core, row: int) -> None:
     state.stuck = 0
 
 
-@njit(cache=True)
+@compiled
 def schedule(core: Core) -> None:
     """Form the next step: `parts` and the totals in `state`; no parts only when nothing is queued."""
     state = core.state[0]
@@ -70,7 +70,7 @@ def schedule(core: Core) -> None:
     _total(core)
 
 
-@njit(cache=True)
+@inlined
 def _form(core: Core) -> None:
     """Form a step; without parts when the first in line had to preempt itself, or nothing is queued."""
     state, requests = core.state[0], core.requests
@@ -103,7 +103,7 @@ def _form(core: Core) -> None:
         _admit(core, budget)
 
 
-@njit(cache=True)
+@compiled
 def complete(core: Core) -> int:
     """Advance past the step; each part then says what it `yields`. How many requests have finished.
 
@@ -139,7 +139,7 @@ def complete(core: Core) -> int:
     return finished
 
 
-@njit(cache=True)
+@inlined
 def _admit(core: Core, budget: int) -> None:
     """Move waiting requests to the running ones and append their parts."""
     state, requests = core.state[0], core.requests
@@ -175,7 +175,7 @@ def _admit(core: Core, budget: int) -> None:
         budget -= tokens
 
 
-@njit(cache=True)
+@inlined
 def _hits(core: Core, request: Record) -> int:
     """How many of a waiting request's blocks the cache holds, in its table; the last token is always computed."""
     state = core.state[0]
@@ -191,7 +191,7 @@ def _hits(core: Core, request: Record) -> int:
     return most
 
 
-@njit(cache=True)
+@inlined
 def _key(core: Core, request: Record, j: int) -> np.uint64:
     """The content key of a request's block `j`; 0 where nobody will ask for it."""
     state = core.state[0]
@@ -203,7 +203,7 @@ def _key(core: Core, request: Record, j: int) -> np.uint64:
     return np.uint64(0)
 
 
-@njit(cache=True)
+@inlined
 def _fits(core: Core, request: Record, hits: int, tokens: int) -> bool:
     """Whether there are free blocks for `tokens` in all, of which `hits` blocks are there already."""
     state = core.state[0]
@@ -213,7 +213,7 @@ def _fits(core: Core, request: Record, hits: int, tokens: int) -> bool:
     return needed <= core.pool.free[0]
 
 
-@njit(cache=True)
+@inlined
 def _grow(core: Core, request: Record, tokens: int) -> bool:
     """Take the blocks that a request lacks for `tokens` more, all or none, and name those that get full."""
     state = core.state[0]
@@ -230,7 +230,7 @@ def _grow(core: Core, request: Record, tokens: int) -> bool:
     return True
 
 
-@njit(cache=True)
+@inlined
 def _name_full(core: Core, request: Record, full: int) -> None:
     """Name a request's first `full` blocks, as far as somebody will ask for them."""
     while request.named < full:
@@ -243,7 +243,7 @@ def _name_full(core: Core, request: Record, full: int) -> None:
         request.named += 1
 
 
-@njit(cache=True)
+@inlined
 def _free(core: Core, row: int) -> None:
     """Let go of a request's blocks, the last first."""
     state, request = core.state[0], core.requests[row]
@@ -255,7 +255,7 @@ def _free(core: Core, row: int) -> None:
     request.held = request.named = 0
 
 
-@njit(cache=True)
+@inlined
 def _victim(core: Core) -> int:
     """Who has to go: the one admitted last, or the last to come of the lowest priority."""
     state, requests = core.state[0], core.requests
@@ -267,13 +267,13 @@ def _victim(core: Core) -> int:
     return victim
 
 
-@njit(cache=True)
+@inlined
 def _after(one: Record, other: Record) -> bool:
     """Whether one request comes after another by priority and arrival."""
     return one.priority > other.priority or (one.priority == other.priority and one.order > other.order)
 
 
-@njit(cache=True)
+@compiled
 def _preempt(core: Core, index: int) -> None:
     """Send the running request at `index` back to the queue; its full blocks can be found until they are reused."""
     state = core.state[0]
@@ -290,7 +290,7 @@ def _preempt(core: Core, index: int) -> None:
     _enqueue(core, row, True)
 
 
-@njit(cache=True)
+@compiled
 def _take_back(core: Core, row: int) -> int:
     """Take a request out of the step being formed; the tokens that it had there."""
     state = core.state[0]
@@ -304,7 +304,7 @@ def _take_back(core: Core, row: int) -> int:
     return 0
 
 
-@njit(cache=True)
+@inlined
 def _append(core: Core, row: int, tokens: int) -> None:
     """Give a request `tokens` in the step being formed."""
     state, request = core.state[0], core.requests[row]
@@ -316,7 +316,7 @@ def _append(core: Core, row: int, tokens: int) -> None:
     state.parts += 1
 
 
-@njit(cache=True)
+@inlined
 def _total(core: Core) -> None:
     """Sum up the step."""
     state = core.state[0]
@@ -333,7 +333,7 @@ def _total(core: Core) -> None:
     state.context_tokens, state.attention_twice = context, attention
 
 
-@njit(cache=True)
+@inlined
 def _index(core: Core, row: int) -> int:
     """Where a running request stands among the running ones."""
     for i in range(core.state[0].running):
@@ -342,7 +342,7 @@ def _index(core: Core, row: int) -> int:
     return -1
 
 
-@njit(cache=True)
+@inlined
 def _leave(core: Core, index: int) -> None:
     """Close the gap that a running request leaves."""
     state = core.state[0]
@@ -351,7 +351,7 @@ def _leave(core: Core, index: int) -> None:
     state.running -= 1
 
 
-@njit(cache=True)
+@inlined
 def _enqueue(core: Core, row: int, in_front: bool) -> None:
     """Put a request into the queue: in front, at the end, or where its priority belongs."""
     state, requests = core.state[0], core.requests
@@ -375,7 +375,7 @@ def _enqueue(core: Core, row: int, in_front: bool) -> None:
     state.waiting += 1
 
 
-@njit(cache=True)
+@inlined
 def _dequeue(core: Core, row: int) -> None:
     """Take a request out of the queue."""
     state, requests = core.state[0], core.requests

@@ -74,4 +74,4 @@ class StepEvidence:
         """How far off the simulated durations are."""
         hardware = {tp: Hardware(profile, tp) for tp in {step.tp for step in self.steps}}
         off = [np.log(step.simulated_ms(hardware[step.tp]) / step.published_ms) for step in self.steps]
-        return np.sqrt(self.weight) * np.array(off) / _STEP_TIME
+        return np.asarray(np.sqrt(self.weight) * np.array(off) / _STEP_TIME)

@@ -22,7 +22,8 @@ _KNOWN = {
 _BOUNDS = {"compute_efficiency": (0.2, 1.0), "memory_efficiency": (0.3, 1.0)}
 _REACH = 4.0  # other constants may change by this factor either way
 _HELD = 1.0  # prior standard deviation of a constant's logarithm: what is told moves freely, what is not stays
-_STEP = 0.02  # of the logarithms, for derivatives: a P99 jumps where batches change, over which a small step stumbles
+# Of the logarithms, either way, for derivatives: a P99 jumps where batches change, over which a small step stumbles.
+_STEP = 0.04
 _SCALE = 0.1  # of the logarithms: the first step goes about as far
 _BREAK_OFF = 1e-3  # relative gain below which the search ends
 
@@ -103,22 +104,25 @@ def fit(
         return np.concatenate([found, moved / _HELD])
 
     def jacobian(moved: FloatArray) -> FloatArray:
-        here = residuals(moved)
-        steps = np.where(moved + _STEP < high, _STEP, -_STEP)
-        return np.column_stack(
-            [(residuals(moved + h * unit) - here) / h for h, unit in zip(steps, np.eye(start.size), strict=True)]
-        )
+        above, below = np.minimum(moved + _STEP, high), np.maximum(moved - _STEP, low)
+        columns = []
+        for i in range(start.size):
+            up, down = moved.copy(), moved.copy()
+            up[i], down[i] = above[i], below[i]
+            columns.append((residuals(up) - residuals(down)) / (up[i] - down[i]))
+        return np.column_stack(columns)
 
     inside = np.clip(np.zeros(start.size), low + 1e-9, high - 1e-9)
     best = least_squares(
-        residuals, inside, jac=jacobian, bounds=(low, high), x_scale=_SCALE, ftol=_BREAK_OFF, xtol=1e-3, max_nfev=most_rounds,
+        residuals, inside, jac=jacobian, bounds=(low, high), x_scale=_SCALE,
+        ftol=_BREAK_OFF, xtol=1e-3, max_nfev=most_rounds,
     )  # fmt: skip
-    told = best.jac[: -len(start)]
+    told = np.asarray(best.jac)[: -start.size]
     values = np.exp(start + best.x)
     return Fitted(
         with_constants(profile, constants, values),
         tuple(constants),
-        _errors(told, best.fun[: -len(start)]),
+        _errors(told, best.fun[: -start.size]),
         int(seen[0]),
     )
 

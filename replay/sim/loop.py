@@ -10,9 +10,9 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
 
 from replay.sim.blocks import Pool, Record, RecordArray, take_free
+from replay.sim.compiled import compiled, inlined
 from replay.sim.core import add, complete, schedule
 from replay.sim.physics import AtClock, Constants, Thermal, heat, step, warmed
 from replay.sim.state import DECODE, LAST_TOKEN, NO_TOKEN, NOWHERE, Core
@@ -124,7 +124,7 @@ class Lanes(NamedTuple):
     rows: npt.NDArray[np.int32]  # rows of `requests` that are free
 
 
-@njit(cache=True)
+@compiled
 def feed(
     lanes: Lanes, machine: Machine, buffers: Buffers, arrivals: RecordArray, at: int, number: int
 ) -> tuple[int, int]:
@@ -152,7 +152,7 @@ def feed(
     return len(arrivals), FED
 
 
-@njit(cache=True)
+@compiled
 def drain(lanes: Lanes, machine: Machine, buffers: Buffers) -> bool:
     """Serve what is there; false when the buffers are full before."""
     for j in range(len(lanes.state)):  # noqa: SIM110 - compiled code has no generators
@@ -161,7 +161,7 @@ def drain(lanes: Lanes, machine: Machine, buffers: Buffers) -> bool:
     return True
 
 
-@njit(cache=True)
+@inlined
 def _core(lanes: Lanes, j: int) -> Core:
     """Instance `j` as the scheduler knows it."""
     return Core(
@@ -170,7 +170,7 @@ def _core(lanes: Lanes, j: int) -> Core:
     )  # fmt: skip
 
 
-@njit(cache=True)
+@inlined
 def _arrive(core: Core, lanes: Lanes, j: int, machine: Machine, counts: Record, arrival: Record, number: int) -> None:
     """Queue one request at instance `j`; an idle instance wakes up."""
     counts.rows_free -= 1
@@ -190,7 +190,7 @@ def _arrive(core: Core, lanes: Lanes, j: int, machine: Machine, counts: Record, 
     add(core, row)
 
 
-@njit(cache=True)
+@compiled
 def _run(core: Core, lanes: Lanes, j: int, machine: Machine, buffers: Buffers, until_ns: int) -> bool:
     """Run the steps of instance `j` that start before `until_ns`; false when a buffer is full before."""
     state, lane, counts = core.state[0], lanes.lane[j, 0], buffers.counts[0]
@@ -213,7 +213,7 @@ def _run(core: Core, lanes: Lanes, j: int, machine: Machine, buffers: Buffers, u
     return True
 
 
-@njit(cache=True)
+@inlined
 def _advance(core: Core, lane: Record, j: int, machine: Machine, buffers: Buffers) -> None:
     """Let the step that `core.state` totals run: write its row, and go to its end."""
     state, counts = core.state[0], buffers.counts[0]
@@ -244,7 +244,7 @@ def _advance(core: Core, lane: Record, j: int, machine: Machine, buffers: Buffer
     lane.step += 1
 
 
-@njit(cache=True)
+@compiled
 def _decode(core: Core, lane: Record, j: int, machine: Machine, buffers: Buffers, until_ns: int) -> bool:
     """Run the steps up to the next completion in which all running requests decode; false when there is none.
 
@@ -288,7 +288,7 @@ def _decode(core: Core, lane: Record, j: int, machine: Machine, buffers: Buffers
     return True
 
 
-@njit(cache=True)
+@inlined
 def _group(core: Core) -> npt.NDArray[np.int64]:
     """Sort the running requests by how many tokens fit their last blocks; where each such group begins, and the end.
 
@@ -309,7 +309,7 @@ def _group(core: Core) -> npt.NDArray[np.int64]:
     return begins
 
 
-@njit(cache=True)
+@inlined
 def _take_blocks(core: Core, groups: npt.NDArray[np.int64], done: int) -> bool:
     """Take a block for each running request whose last one is full after `done` tokens; all or none."""
     group = done % core.state[0].block_tokens
@@ -322,7 +322,7 @@ def _take_blocks(core: Core, groups: npt.NDArray[np.int64], done: int) -> bool:
     return True
 
 
-@njit(cache=True)
+@inlined
 def _extend(core: Core, buffers: Buffers, part: Record, number: int, j: int) -> None:
     """Let a request's segment go on with its part in step `number`, or begin another."""
     request = core.requests[part.row]
@@ -340,7 +340,7 @@ def _extend(core: Core, buffers: Buffers, part: Record, number: int, j: int) -> 
     request.kind, request.tokens_per_step, request.context_start = part.kind, part.tokens, part.context
 
 
-@njit(cache=True)
+@inlined
 def _close(buffers: Buffers, request: Record, j: int) -> None:
     """Write a request's segment, if it has one."""
     if request.first_step < 0:
@@ -353,7 +353,7 @@ def _close(buffers: Buffers, request: Record, j: int) -> None:
     request.first_step = -1
 
 
-@njit(cache=True)
+@inlined
 def _hand_out(core: Core, lanes: Lanes, j: int, buffers: Buffers) -> None:
     """Note the tokens that the step made, and let those go that have all of theirs."""
     end_ns, counts = lanes.lane[j, 0].ended_ns, buffers.counts[0]

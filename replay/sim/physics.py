@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
+
+from replay.sim.compiled import compiled, inlined
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -87,20 +88,20 @@ class _Demand(NamedTuple):
     fixed_s: float
 
 
-@njit(cache=True)
+@inlined
 def idle_w(c: Constants, clock_mhz: float) -> float:
     """Power of one GPU with the model loaded that does nothing, W, with the clock locked to `clock_mhz`."""
     x = min(clock_mhz, c.sustained_mhz) / c.boost_mhz
     return c.idle_unloaded_w + c.idle_loaded_w * x**c.idle_exponent
 
 
-@njit(cache=True)
+@inlined
 def at_lock(c: Constants, clock_mhz: float) -> AtClock:
     """The clock's part of the formulas, at the highest clock that is held with the lock at `clock_mhz`."""
     return _at(c, min(clock_mhz, c.sustained_mhz) / c.boost_mhz)
 
 
-@njit(cache=True)
+@inlined
 def _at(c: Constants, x: float) -> AtClock:
     slower = (1.0 + (c.knee / x) ** c.knee_sharpness) ** (1.0 / c.knee_sharpness)  # 1 above the knee, knee / x below
     idle = c.idle_unloaded_w + c.idle_loaded_w * x**c.idle_exponent
@@ -108,7 +109,7 @@ def _at(c: Constants, x: float) -> AtClock:
     return AtClock(x, slower, always_w, c.compute_w * x**c.compute_clock_exponent)
 
 
-@njit(cache=True)
+@inlined
 def step(
     c: Constants, at: AtClock, hot: float, prefill: float, decode: float, context: float, attention: float
 ) -> Response:
@@ -140,7 +141,7 @@ def step(
     return Response(duration_s, gpu_w, np.exp(x1) * c.boost_mhz, True)
 
 
-@njit(cache=True)
+@inlined
 def _respond(c: Constants, at: AtClock, hot: float, demand: _Demand) -> tuple[float, float]:
     """Duration, s, and power of one GPU, W, at the clock `at`, without the cap."""
     p = c.overlap_sharpness
@@ -154,20 +155,20 @@ def _respond(c: Constants, at: AtClock, hot: float, demand: _Demand) -> tuple[fl
     return duration_s, hot * (at.always_w + compute_w + memory_w)
 
 
-@njit(cache=True)
+@inlined
 def warmed(t: Thermal, temperature_c: float, gpu_w: float, elapsed_s: float) -> float:
     """The temperature of a GPU, C, after drawing `gpu_w` for `elapsed_s`: a first-order lag."""
     end_c = t.ambient_c + t.resistance_c_per_w * gpu_w
     return end_c + (temperature_c - end_c) * np.exp(-elapsed_s / t.time_constant_s)
 
 
-@njit(cache=True)
+@inlined
 def heat(t: Thermal, temperature_c: float) -> float:
     """What leakage multiplies the power with."""
     return 1.0 + t.leakage_per_c * (temperature_c - t.reference_c)
 
 
-@njit(cache=True)
+@compiled
 def many_steps(c: Constants, work: FloatArray, clock_mhz: FloatArray, hot: FloatArray, out: FloatArray) -> None:
     """`step` for [n] steps: `work` is [4, n]; `out` [3, n] is duration, s, power of one GPU, W, and MHz."""
     at = at_lock(c, clock_mhz[0])

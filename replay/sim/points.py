@@ -6,7 +6,6 @@ characterization in the repository jovans2/jovan-vllm (`cluster_experiments/char
 of Stojkovic et al., "Towards Greener LLMs".
 """
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -54,7 +53,7 @@ class Load(NamedTuple):
     def arrivals_ns(self, rate_rps: float) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
         """When requests arrive at `rate_rps`, from the run's start."""
         # The source's generator, and with it its very arrivals, are numpy's legacy ones.
-        gaps = np.random.RandomState(self.seed).exponential(1.0 / rate_rps, int(2 * self.arrivals_s * rate_rps))  # noqa: NPY002
+        gaps = np.random.RandomState(self.seed).exponential(1.0 / rate_rps, int(2 * self.arrivals_s * rate_rps))
         times_s = np.cumsum(gaps)
         return np.asarray(times_s[times_s < self.arrivals_s] * _NS, dtype=np.int64)
 
@@ -73,7 +72,7 @@ def read_points(path: Path, load: Load) -> pl.DataFrame:
         raise ReplayError(f"--points {path}: lacks the columns {', '.join(missing)}; it needs {', '.join(SCHEMA)}")
     points = table.select(pl.col(name).str.strip_chars().cast(kind, strict=False) for name, kind in SCHEMA.items())
     number = [name for name, kind in SCHEMA.items() if kind != pl.String]
-    wrong: Mapping[str, pl.Expr] = {
+    wrong = {
         **{f"{name} must be a number above 0": ~(pl.col(name).is_finite() & (pl.col(name) > 0)) for name in number},
         "bucket must be two of S, M, L": ~pl.col("bucket").str.contains("^[SML][SML]$"),
         "no request arrives at this rate": pl.col("load_rps") * load.arrivals_s < 1,
@@ -99,8 +98,8 @@ def simulate_points(profile: Profile, points: pl.DataFrame, load: Load) -> pl.Da
     found = np.full((points.height, 4), np.nan)
     rows = points.with_row_index("row")
     for (tp, mhz), cell in rows.group_by("tp", "sm_clock_mhz", maintain_order=True):
-        hardware = Hardware(profile, int(tp))  # type: ignore[call-overload] # group keys are untyped
-        found[cell["row"].to_numpy()] = _simulate_cell(hardware, float(mhz), cell, load)  # type: ignore[arg-type]
+        hardware = Hardware(profile, int(tp))
+        found[cell["row"].to_numpy()] = _simulate_cell(hardware, float(mhz), cell, load)
     names = ("sim_ttft_s", "sim_power_w", "sim_busy_w", "sim_tbt_s")
     return points.with_columns(pl.Series(name, found[:, i]) for i, name in enumerate(names))
 

@@ -50,7 +50,7 @@ _TBT_RATIOS = {
     8: {800: 1.77, 1000: 1.44, 1400: 1.09, 1800: 1.01, TOP_MHZ: 1.0},
 }
 _TBT_RATE_RPS, _TBT_OUTPUT_TOKENS, _TBT_CONTEXT_TOKENS = 0.5, 600, 1010 + 600 / 2
-# [splitwise]: prefill by tokens at batch 1, decode by batch; the contexts behind the latter are not given: 1024 assumed.
+# [splitwise]: prefill by tokens at batch 1, decode by batch; its contexts are not given: 1024 is assumed.
 _SPLITWISE_PREFILL_MS = {
     2: {512: 84.0, 2048: 310.0, 8192: 1340.0},
     4: {512: 60.0, 2048: 201.0, 8192: 954.0},

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import njit
 
+from replay.sim.compiled import compiled
 from replay.sim.profile import SensorModel, ThermalModel
 from replay.sim.sensors import (
     Bools,
@@ -105,14 +105,14 @@ def _history(pieces: Pieces, energy_j: float, busy_ns: int, temperature_c: Float
     )
 
 
-@njit(cache=True)
+@compiled
 def _warm(temperature_c: Floats, settled_c: Floats, kept: Floats) -> None:
     """Fill in the temperature, °C, at each edge but the first: that of `replay.sim.sensors.warmed_c`, one by one."""
     for i in range(len(kept)):
         temperature_c[i + 1] = settled_c[i] + (temperature_c[i] - settled_c[i]) * kept[i]
 
 
-@njit(cache=True)
+@compiled
 def _find(history_ns: Ints, t_ns: Ints) -> Ints:
     """`replay.sim.sensors.find_changes` where `t_ns` ascends: one pass through both."""
     found = np.empty(len(t_ns), np.int64)

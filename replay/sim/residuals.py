@@ -1,4 +1,4 @@
-"""What is left between measured operating points and the simulated ones: ratios to the top clock, levels, saturation."""
+"""What is left between measured operating points and simulated ones: ratios to the top clock, levels, saturation."""
 
 from typing import Any, NamedTuple
 
@@ -96,12 +96,12 @@ def knees(points: pl.DataFrame) -> list[dict[str, Any]]:
         for name, column in {"measured_rps": "ttft_s", "simulated_rps": "sim_ttft_s"}.items():
             ttft_s = cell[column].to_numpy()
             row[name] = float(rates[ttft_s <= SATURATED * ttft_s[0]].max())
-        rows.append(row | {"ended": row["measured_rps"] == rates[-1]})
+        rows.append(row | {"ended": bool(row["measured_rps"] == rates[-1])})
     return rows
 
 
 def watts_per_unit(points: pl.DataFrame) -> tuple[float, float, float]:
-    """Simulated W for one unit of `power_like`, steady points: p5, median, p95. Equal if power levels fit each other."""
+    """Simulated W for one unit of `power_like`, steady points: p5, median, p95. Equal if levels fit."""
     kept = points.filter(steady())
     low, middle, high = np.quantile((kept["sim_power_w"] / kept["power_like"]).to_numpy(), (0.05, 0.5, 0.95))
     return float(low), float(middle), float(high)

@@ -33,6 +33,10 @@ class Windows(NamedTuple):
     end_ns: IntArray
     watts: FloatArray
 
+    def where(self, mask: npt.NDArray[np.bool_]) -> "Windows":
+        """Those that `mask` picks."""
+        return Windows(self.start_ns[mask], self.end_ns[mask], self.watts[mask])
+
 
 @dataclass(frozen=True)
 class RunEvidence:
@@ -66,7 +70,7 @@ class RunEvidence:
         """Durations, then power; each kind weighs as if it had the number of the rarer."""
         step, window = (np.log1p(np.maximum(error, -0.999)) for error in self.errors(profile))
         if not window.size:
-            return step / _STEP
+            return np.asarray(step / _STEP)
         rarer = min(step.size, window.size)
         return np.concatenate(
             [step / _STEP * np.sqrt(rarer / step.size), window / _WINDOW * np.sqrt(rarer / window.size)]
@@ -128,8 +132,8 @@ def _evidence(name: str, tp: int, clock_mhz: float, steps: pl.DataFrame, windows
     start_ns, end_ns = steps["start_ns"].to_numpy(), steps["end_ns"].to_numpy()
     # A window that reaches beyond the steps on record may hold warm-up steps that are not.
     inside = (windows.start_ns >= start_ns[0]) & (windows.end_ns <= end_ns[-1])
-    windows = Windows(*(column[inside] for column in windows))
-    windows = Windows(*(column[_thinned(windows.watts.size, _MOST_WINDOWS)] for column in windows))
+    windows = windows.where(inside)
+    windows = windows.where(_thinned(windows.watts.size, _MOST_WINDOWS))
     return RunEvidence(
         name, tp, clock_mhz, work, start_ns, end_ns, windows, _overlap(windows, start_ns, end_ns),
         _thinned(start_ns.size, _MOST_STEPS), np.ones(windows.watts.size, dtype=bool),
@@ -172,7 +176,7 @@ def _windows(run: Run, power: pl.DataFrame | None, host: Any, gpu: int) -> Windo
         end_ns = seen["sensor_ns"].to_numpy() - int(instant.get("lag_ns") or 0)
         return Windows(end_ns - int(instant["window_ns"]), end_ns, seen["power_instant_mw"].to_numpy() / 1e3)
     seen = own.drop_nulls(["sensor_ns", "energy_mj"]).unique("sensor_ns", keep="first").sort("sensor_ns")
-    if seen.height < 2:  # noqa: PLR2004 - an interval has two ends
+    if seen.height < 2:
         return empty
     at_ns, counted_mj = seen["sensor_ns"].to_numpy(), seen["energy_mj"].to_numpy().astype(float)
     return Windows(at_ns[:-1], at_ns[1:], np.diff(counted_mj) / 1e3 / (np.diff(at_ns) / 1e9))
@@ -182,5 +186,5 @@ def _joined(windows: Sequence[Windows]) -> Windows:
     """The windows of several GPUs in one; a reading of 0 W is none."""
     if not windows:
         return Windows(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0))
-    whole = Windows(*(np.concatenate(columns) for columns in zip(*windows, strict=True)))
-    return Windows(*(column[whole.watts > 0] for column in whole))
+    start_ns, end_ns, watts = (np.concatenate(columns) for columns in zip(*windows, strict=True))
+    return Windows(start_ns, end_ns, watts).where(watts > 0)

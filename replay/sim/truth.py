@@ -48,7 +48,7 @@ def shapley_truth(
     rng = np.random.default_rng(seed)
     ids = segments["request_id"].unique().drop_nulls().sort()
     paid_j = np.zeros((2, ids.len() + 1))  # prefill, decode; the last column is for requests without an id
-    for instance, of_instance in segments.group_by("instance"):
+    for instance, of_instance in segments.group_by("instance", maintain_order=True):
         own = steps.filter(pl.col("instance") == instance[0]).sort("step")
         payer = of_instance["request_id"].replace_strict(ids, np.arange(ids.len()), default=ids.len()).to_numpy()
         decodes = (of_instance["kind"] == "decode").to_numpy().astype(np.int64)

@@ -31,13 +31,14 @@ class Block(NamedTuple):
     readings: Readings
 
 
-@dataclass
+@dataclass(eq=False)
 class _Group:
     """GPUs that all draw the same power, and what has not been shown of it yet."""
 
     gpus: Sequence[int]  # in order of their sensors' updates
     bank: SensorBank
     idle_w: float
+    lock_mhz: float
     pieces: Pieces  # from the last block's end on
 
 
@@ -61,16 +62,13 @@ class NodePower:
         profile = hardware.profile
         self._period_ns, self._lag_ns = profile.sensor.period_ns, profile.sensor.lag_ns
         self._block_ns = block_updates * self._period_ns
-        self._clock_mhz = clock_mhz
-        begin_ns -= begin_ns % self._period_ns
+        self._begin_ns = begin_ns - begin_ns % self._period_ns
         used = {gpu for group in groups for gpu in group}
         unused = [gpu for gpu in range(profile.gpus_per_node) if gpu not in used]
         loaded_w, unloaded_w = hardware.idle_w(clock_mhz), hardware.idle_w(clock_mhz, loaded=False)
-        self._groups = [self._group(profile, gpus, loaded_w, begin_ns, seed) for gpus in groups]
+        self._groups = [self._group(profile, gpus, loaded_w, clock_mhz, seed) for gpus in groups]
         if unused:  # unlocked: their clock is the highest
-            self._groups.append(self._group(profile, unused, unloaded_w, begin_ns, seed))
-        self._begin_ns = begin_ns
-        self._top_mhz = profile.clocks_mhz.max
+            self._groups.append(self._group(profile, unused, unloaded_w, profile.clocks_mhz.max, seed))
         self._instances = len(groups)
 
     def run(self, instance: int, steps: RecordArray, zero_ns: int) -> Iterator[Block]:
@@ -98,13 +96,13 @@ class NodePower:
             if group.pieces.watts.size:
                 yield self._show(group, group.pieces)
 
-    def _group(self, profile: Profile, gpus: Sequence[int], idle_w: float, begin_ns: int, seed: int) -> _Group:
+    def _group(self, profile: Profile, gpus: Sequence[int], idle_w: float, lock_mhz: int, seed: int) -> _Group:
         phases_ns = profile.sensor.phases_ns
         ordered = sorted(gpus, key=lambda gpu: phases_ns[gpu % len(phases_ns)])
-        start_ns = begin_ns - reach_ns(profile.sensor)
+        start_ns = self._begin_ns - reach_ns(profile.sensor)
         bank = SensorBank(ordered, profile.sensor, profile.thermal, seed=seed, start_ns=start_ns, start_w=idle_w)
         nothing = Pieces(np.array([start_ns]), np.zeros(0), np.zeros(0), np.zeros(0, np.bool_), np.zeros(0, np.bool_))
-        return _Group(ordered, bank, idle_w, nothing)
+        return _Group(ordered, bank, idle_w, float(lock_mhz), nothing)
 
     def _step_pieces(self, group: _Group, steps: RecordArray, zero_ns: int) -> Pieces:
         """`steps` and the pauses before them."""
@@ -122,7 +120,7 @@ class NodePower:
         return Pieces(
             np.append(edges_ns[:-1][real], edges_ns[-1]),
             woven(group.idle_w, steps["gpu_w"]),
-            woven(self._clock_mhz, clock_mhz),
+            woven(group.lock_mhz, clock_mhz),
             woven(False, steps["capped"]),
             woven(False, np.ones(steps.size, np.bool_)),
         )
@@ -138,9 +136,8 @@ class NodePower:
         if pieces.busy.size and not pieces.busy[-1]:
             group.pieces = pieces._replace(edges_ns=np.append(pieces.edges_ns[:-1], until_ns))
             return
-        mhz = self._clock_mhz if group in self._groups[: self._instances] else self._top_mhz
         edges_ns, no = np.array([start_ns, until_ns]), np.zeros(1, np.bool_)
-        self._append(group, Pieces(edges_ns, np.array([group.idle_w]), np.array([float(mhz)]), no, no))
+        self._append(group, Pieces(edges_ns, np.array([group.idle_w]), np.array([group.lock_mhz]), no, no))
 
     def _append(self, group: _Group, more: Pieces) -> None:
         edges_ns = np.concatenate([group.pieces.edges_ns, more.edges_ns[1:]])

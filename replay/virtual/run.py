@@ -1,10 +1,12 @@
 """One run in virtual time from beginning to end: trace in, run directory out."""
 
 import os
+import signal
 import tempfile
+import threading
 import time
-from collections.abc import Iterable
-from contextlib import ExitStack, closing
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,6 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 import pyarrow as pa
-from numba import njit
 
 from replay.clock import NS_PER_S
 from replay.gpu.baseline import idle_power_w
@@ -23,9 +24,10 @@ from replay.manifest import first_manifest, host
 from replay.plan import Plan, Router, RunOptions, make_plan
 from replay.prepare import Prepared, check_settings, describe
 from replay.rundir import POWER, REQUESTS, REQUESTS_OPTIONAL, SEGMENTS, TRUTH, scan_table, write_manifest
-from replay.session import claim, clear, in_one_line
+from replay.session import claim, clear
 from replay.sim.arguments import capped
 from replay.sim.blocks import RecordArray, mix
+from replay.sim.compiled import compiled
 from replay.sim.hardware import Hardware
 from replay.sim.sensors import Ints
 from replay.sim.truth import shapley_truth
@@ -44,6 +46,7 @@ from replay.virtual.tables import (
     step_columns,
 )  # fmt: skip
 from tracegen.durations import format_duration
+from tracegen.errors import ReplayError
 from tracegen.schema import read_metadata, write_parquet
 
 BEGIN_NS = 10 * NS_PER_S  # when the sensors are first read, on a clock that starts with the node
@@ -70,19 +73,36 @@ def run_virtual(options: RunOptions, progress: Progress) -> Path:
     survey = source.survey()
     made = claim(plan.run_dir)
     try:
-        manifest = _manifest(plan, survey, progress)
-        write_manifest(plan.run_dir, manifest)
-        with ExitStack() as stack:
-            _Run(plan, hardware, source, survey, manifest, progress, stack).serve()
-        wanted = survey.requests <= TRUTH_REQUESTS if options.truth is None else options.truth
-        if wanted:
-            progress.status("computing what each request truly cost")
-            _write_truth(plan.run_dir, hardware)
-        write_manifest(plan.run_dir, manifest | {"state": "complete"})
-    except BaseException as error:  # noqa: BLE001 - raised again, in one line where the disk is to blame
+        with _signals_as_interrupt():
+            manifest = _manifest(plan, survey, progress)
+            write_manifest(plan.run_dir, manifest)
+            with ExitStack() as stack:
+                _Run(plan, hardware, source, survey, manifest, progress, stack).serve()
+            if survey.requests <= TRUTH_REQUESTS if options.truth is None else options.truth:
+                progress.status("computing what each request truly cost")
+                _write_truth(plan.run_dir, hardware)
+            write_manifest(plan.run_dir, manifest | {"state": "complete"})
+    except BaseException as error:
         clear(plan, error, keep_folder=not made)
-        raise in_one_line(plan, error) from None
+        if isinstance(error, OSError):  # a full or failing disk is nobody's bug
+            why = error.strerror or error
+            raise ReplayError(f"{plan.run_dir}: cannot be written ({why}); free some space first") from None
+        raise
     return plan.run_dir
+
+
+@contextmanager
+def _signals_as_interrupt() -> Iterator[None]:
+    """SIGTERM and SIGHUP end the run as Ctrl-C does; only a process's main thread can see to it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, signal.default_int_handler) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class _Run:
@@ -253,6 +273,7 @@ def _manifest(plan: Plan, survey: Survey, progress: Progress) -> dict[str, Any]:
 def _write_truth(run_dir: Path, hardware: Hardware) -> None:
     """Write `truth.parquet` from the run's tables."""
     steps, segments = (scan_table(run_dir, name).collect() for name in ("steps", "segments"))
+    segments = segments.sort("instance", "first_step", "request_id")  # as in wall time: sampled orders follow the rows
     truth = shapley_truth(steps, segments, hardware).select(TRUTH.names())
     write_parquet(truth.to_arrow(compat_level=pl.CompatLevel.oldest()), run_dir / "truth.parquet")
 
@@ -267,7 +288,7 @@ def _content_keys(prefixes: pl.Series | None) -> tuple[npt.NDArray[np.uint64] | 
     return _chained(hashes, bounds), bounds
 
 
-@njit(cache=True)
+@compiled
 def _chained(hashes: npt.NDArray[np.uint64], bounds: Ints) -> npt.NDArray[np.uint64]:
     """A key for each hash that stands for all hashes of its request up to it."""
     keys = np.empty_like(hashes)

@@ -13,9 +13,9 @@ import numpy.typing as npt
 import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
-from numba import njit
 
 from replay.rundir import STEPS
+from replay.sim.compiled import compiled
 from replay.sim.state import DECODE
 from replay.sim.virtual import DONE, Output
 from replay.steps import SIM_STEP
@@ -218,7 +218,7 @@ class TokenTimes:
         return times_ns, offsets
 
 
-@njit(cache=True)
+@compiled
 def _token_times(segments: RecordArray, ends_ns: Ints, prompts: Ints, offsets: Ints, times_ns: Ints) -> None:
     """Fill in the times of the tokens of one instance's `segments`, sorted by request and step.
 

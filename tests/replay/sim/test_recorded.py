@@ -12,7 +12,7 @@ import polars as pl
 import pytest
 
 from replay.rundir import scan_table
-from replay.sim.arguments import with_options
+from replay.sim.arguments import with_arguments
 from replay.sim.blocks import content_keys
 from replay.sim.hardware import Hardware
 from replay.sim.profile import load_profile
@@ -38,7 +38,7 @@ def options():
 
 @pytest.fixture(scope="module")
 def hardware(options):
-    return Hardware(with_options(load_profile("dgx-h100", "llama-2-7b"), options, None), 1)
+    return Hardware(with_arguments(load_profile("dgx-h100", "llama-2-7b"), options), 1)
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def workload():
     shared = [rng.randrange(1000) for _ in range(200)]
     requests = []
     for i in range(REQUESTS):
-        after_s = 3.0 * (i % 2) + (0 if i < REQUESTS // 2 else rng.uniform(0, 0.5))
+        after_s = 3.5 * (i % 2) + (0 if i < REQUESTS // 2 else rng.uniform(0, 0.5))
         own = [rng.randrange(1000) for _ in range(rng.randint(1, 600))]
         requests.append((after_s, shared[: rng.randint(1, 200)] + own if i % 4 < 2 else own, rng.randint(1, 80)))
     return requests

@@ -1,6 +1,9 @@
 """A run in virtual time leaves the run directory of a run in wall time, whole or not at all."""
 
 import json
+import os
+import signal
+import time
 from functools import partial
 
 import numpy as np
@@ -52,7 +55,7 @@ def test_the_directory_is_that_of_a_run_in_wall_time(small, sim_run):
     assert small.simulated
     assert small.manifest["clock"] == "virtual"
     assert not {path.name for path in small.path.iterdir() if path.name.startswith(".")}
-    for name in ("trace", "requests", "steps", "segments", "power", "truth"):
+    for name in ("requests", "steps", "segments", "power", "truth"):
         virtual, wall = small.scan(name).collect(), of_wall.scan(name).collect()
         assert virtual.schema == wall.schema, name
         assert virtual.height > 0
@@ -74,7 +77,10 @@ def test_verdicts_are_those_of_the_written_tables(small):
             assert "virtual time" in verdict["why"]
             continue
         assert verdict["ok"] == expected.ok, expected.name
-        assert verdict["value"] == pytest.approx(expected.value, rel=1e-6, abs=2e-4)
+        if expected.value is None:
+            assert verdict["value"] is None
+        else:
+            assert verdict["value"] == pytest.approx(expected.value, rel=1e-6, abs=2e-4)
         if expected.name != "counter_agrees":  # begins a reading later
             assert verdict["why"] == expected.why
     assert found["steps_complete"]["ok"]
@@ -192,6 +198,17 @@ def test_a_shared_prefix_is_computed_once(virtual_run, make_trace, tmp_path):
     assert {v["name"]: v["ok"] for v in run.manifest["verdicts"]}["steps_complete"]
 
 
+def test_a_full_disk_is_one_clear_line(virtual_run, tmp_path, monkeypatch):
+    class Full(module.Judge):
+        def requests(self, columns, rows):
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module, "Judge", Full)
+    with pytest.raises(ReplayError, match=r"cannot be written \(No space left on device\); free some space first$"):
+        virtual_run(tmp_path / "run", chat(1.0, 20))
+    assert not (tmp_path / "run").exists()
+
+
 def test_only_a_whole_run_can_be_seen(virtual_run, tmp_path, monkeypatch):
     seen = []
 
@@ -207,11 +224,16 @@ def test_only_a_whole_run_can_be_seen(virtual_run, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("folder_was_there", [False, True])
-@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
-def test_a_run_that_ends_early_leaves_nothing(virtual_run, tmp_path, monkeypatch, error, folder_was_there):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, None])
+def test_a_run_that_ends_early_leaves_nothing(virtual_run, tmp_path, monkeypatch, number, folder_was_there):
+    error = KeyboardInterrupt if number else ValueError
+
     class Broken(module.Judge):
         def requests(self, columns, rows):
-            raise error
+            if number is None:
+                raise ValueError
+            os.kill(os.getpid(), number)
+            time.sleep(5)
 
     monkeypatch.setattr(module, "Judge", Broken)
     if folder_was_there:
