@@ -226,8 +226,8 @@ def query(
     """Ask SQL of all tables of one or several runs.
 
     Tables: requests (with ttft_ms, tpot_ms, e2el_ms, bucket, label, energy_j, prefill_j, decode_j), energy, buckets,
-    runs, trace, steps, segments, power, cpu_energy, server_metrics, truth. Each has the columns run, engine, tp,
-    freq_mhz.
+    runs, trace, steps, segments, arrivals, power, cpu_energy, server_metrics, truth. Each has the columns run, engine,
+    tp, freq_mhz.
 
     \b
     Examples:

@@ -13,7 +13,7 @@ from analysis.saved import RunEnergy, ensure_energy
 from replay.rundir import Run
 from tracegen.errors import AnalysisError
 
-STORED = ("trace", "steps", "segments", "power", "cpu_energy", "server_metrics", "truth")
+STORED = ("trace", "steps", "segments", "arrivals", "power", "cpu_energy", "server_metrics", "truth")
 DERIVED = ("requests", "energy", "buckets", "runs")
 QUERY_TABLES = (*DERIVED, *STORED)
 EXAMPLE = "SELECT bucket, avg(energy_j) FROM requests GROUP BY bucket"
@@ -27,8 +27,8 @@ def query(runs: Sequence[Run], sql: str, note: Callable[[str], None] | None = No
     """The answer to `sql` over all tables of `runs`, each with the columns run, engine, tp and freq_mhz.
 
     Tables: `requests` (with latencies, bucket, label and energy), `energy`, `buckets`, `runs`, and as stored `trace`,
-    `steps`, `segments`, `power`, `cpu_energy`, `server_metrics`, `truth`; of several runs the union, a missing table
-    left out.
+    `steps`, `segments`, `arrivals`, `power`, `cpu_energy`, `server_metrics`, `truth`; of several runs the union, a
+    missing table left out.
     Energy that a query needs and a run does not have yet is attributed and kept; `note` is told.
     Raises `AnalysisError` for SQL that does not parse, names a table or column that is not there, does anything but
     ask, or reads files of its own.

@@ -1,4 +1,4 @@
-"""Draw joules per request by size: `python docs/make_picture.py docs/images/demo.svg demo/run-1980 demo/run-1200`."""
+"""Draw joules per request by size: `python docs/make_picture.py docs/images/demo.svg demo/run-1830 demo/run-1200`."""
 
 import sys
 from pathlib import Path

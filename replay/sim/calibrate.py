@@ -24,7 +24,7 @@ from replay.sim.run_evidence import RunEvidence, read_run
 from tracegen.errors import ReplayError
 
 _SETTING = ("tp", "bucket", "load_rps")
-Progress = Callable[[str, int, float], None]  # what is being fitted, evaluations so far, best cost
+Progress = Callable[[str, int, float], None]  # what is being fitted, which round, its best cost
 
 
 class Data(NamedTuple):
@@ -101,7 +101,7 @@ def calibrate(
     seed: int,
     refit: bool = True,
     leave_clocks_out: bool = False,
-    progress: Progress = lambda _what, _evaluations, _cost: None,
+    progress: Progress = lambda _what, _round, _cost: None,
 ) -> Calibration:
     """Fit `profile` to `data` without what is held out, and simulate everything with the outcome.
 

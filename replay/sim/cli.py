@@ -121,9 +121,8 @@ def calibrate(
     profile = load_profile(hardware, model)
     data = read_data(points, profile, load, holdout=holdout, seed=seed)
 
-    def progress(what: str, evaluations: int, cost: float) -> None:
-        if evaluations % 10 == 0:
-            note(f"fitting, {what}: {evaluations} evaluations, cost {cost:.1f}")
+    def progress(what: str, number: int, cost: float) -> None:
+        note(f"fitting, {what}: round {number}, cost {cost:.1f}")
 
     found = fit_constants(
         profile, data, holdout=holdout, seed=seed, refit=fit, leave_clocks_out=leave_clocks_out, progress=progress

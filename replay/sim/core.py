@@ -195,9 +195,9 @@ def _hits(core: Core, request: Record) -> int:
 def _key(core: Core, request: Record, j: int) -> np.uint64:
     """The content key of a request's block `j`; 0 where nobody will ask for it."""
     state = core.state[0]
-    if (j + 1) * state.block_tokens <= request.keys_count * state.key_tokens:
-        shared = core.keys[request.keys_at + ((j + 1) * state.block_tokens - 1) // state.key_tokens]
-        return mix(shared, np.uint64(j))
+    end = (j + 1) * state.block_tokens
+    if end <= min(request.prompt, request.keys_count * state.key_tokens):
+        return mix(core.keys[request.keys_at + (end - 1) // state.key_tokens], np.uint64(j))
     if request.preemptions > 0:
         return mix(mix(request.number, np.uint64(request.order)), np.uint64(j))
     return np.uint64(0)

@@ -4,6 +4,7 @@ Residuals are logarithms of simulated over measured, in units of how well a good
 kinds of evidence weigh against each other. A run's own steps and sensor windows are in `replay.sim.run_evidence`.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -13,7 +14,7 @@ import polars as pl
 
 from replay.sim.hardware import Hardware
 from replay.sim.physics import FloatArray
-from replay.sim.points import Load, simulate_points
+from replay.sim.points import Load, play, simulate_points, with_outcomes
 from replay.sim.profile import Profile
 from replay.sim.published import StepTime
 from replay.sim.residuals import steady
@@ -49,7 +50,15 @@ class PointEvidence:
 
     def residuals(self, profile: Profile) -> FloatArray:
         """Simulate the points with `profile`: TTFT, its ratios, power, its ratios."""
-        found = simulate_points(profile, self.kept, self.load)
+        return self._off(simulate_points(profile, self.kept, self.load))
+
+    def near(self, profile: Profile) -> Callable[[Profile], FloatArray]:
+        """Residuals with the batches as `profile` forms them: smooth, where a P99 jumps when batches change."""
+        played = play(profile, self.kept, self.load)
+        return lambda other: self._off(with_outcomes(other, self.kept, played))
+
+    def _off(self, found: pl.DataFrame) -> FloatArray:
+        """Residuals of simulated points."""
         ttft = np.log((found["sim_ttft_s"] / found["ttft_s"]).to_numpy())
         power = np.log((found["sim_power_w"] / found["power_like"]).to_numpy())
         point, top = self._twins.T
@@ -68,10 +77,14 @@ class StepEvidence:
     """Published step times; each weighs like `weight` points."""
 
     steps: tuple[StepTime, ...]
-    weight: float = 5.0
+    weight: float = 20.0
 
     def residuals(self, profile: Profile) -> FloatArray:
         """How far off the simulated durations are."""
         hardware = {tp: Hardware(profile, tp) for tp in {step.tp for step in self.steps}}
         off = [np.log(step.simulated_ms(hardware[step.tp]) / step.published_ms) for step in self.steps]
         return np.asarray(np.sqrt(self.weight) * np.array(off) / _STEP_TIME)
+
+    def near(self, _profile: Profile) -> Callable[[Profile], FloatArray]:
+        """Step times are smooth anyway."""
+        return self.residuals

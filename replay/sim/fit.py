@@ -22,10 +22,12 @@ _KNOWN = {
 _BOUNDS = {"compute_efficiency": (0.2, 1.0), "memory_efficiency": (0.3, 1.0)}
 _REACH = 4.0  # other constants may change by this factor either way
 _HELD = 1.0  # prior standard deviation of a constant's logarithm: what is told moves freely, what is not stays
-# Of the logarithms, either way, for derivatives: a P99 jumps where batches change, over which a small step stumbles.
-_STEP = 0.04
-_SCALE = 0.1  # of the logarithms: the first step goes about as far
-_BREAK_OFF = 1e-3  # relative gain below which the search ends
+_STEP = 1e-4  # of the logarithms, for derivatives
+_NEAR = 0.15  # of the logarithms, in one round
+_STILL = 1e-3  # a round that moves no constant by more is the last
+_INSIDE = 1e-9  # the search starts this far from its bounds
+
+_Residuals = Callable[[FloatArray], FloatArray]
 
 
 class Evidence(Protocol):
@@ -33,6 +35,9 @@ class Evidence(Protocol):
 
     def residuals(self, profile: Profile) -> FloatArray:
         """How far `profile` is off, in units of what is expected of a good fit."""
+
+    def near(self, profile: Profile) -> Callable[[Profile], FloatArray]:
+        """A smooth stand-in for `residuals`, equal to them at `profile`: derivatives are taken of it."""
 
 
 class Constant(NamedTuple):
@@ -57,7 +62,7 @@ class Fitted(NamedTuple):
     profile: Profile
     constants: tuple[Constant, ...]
     error_rel: tuple[float, ...]  # standard errors, relative; how well the evidence alone tells each constant
-    evaluations: int
+    cost: float  # half the sum of squared, softened residuals
 
 
 def constants_of(profile: Profile) -> tuple[Constant, ...]:
@@ -84,51 +89,85 @@ def fit(
     evidence: Sequence[Evidence],
     constants: Sequence[Constant],
     *,
-    progress: Callable[[int, float], None] = lambda _evaluations, _cost: None,
-    most_rounds: int = 15,
+    progress: Callable[[int, float], None] = lambda _round, _cost: None,
+    rounds: int = 8,
 ) -> Fitted:
-    """Move `constants` of `profile` to where `evidence` is met best. `progress` is told evaluations and best cost."""
+    """Move `constants` of `profile` to where `evidence` is met best.
+
+    In each round the smooth stand-ins of the evidence near the constants of the round before are fitted; of all rounds
+    the one counts that meets the evidence itself best. `progress` is told each round's cost.
+    """
     start = np.log([constant.of(profile) for constant in constants])
     low, high = np.full(start.size, -np.log(_REACH)), np.full(start.size, np.log(_REACH))
     for i, constant in enumerate(constants):
         if constant.key in _BOUNDS:
             low[i], high[i] = np.log(_BOUNDS[constant.key]) - start[i]
-    seen = [0, np.inf]
+    moved = np.clip(np.zeros(start.size), low + _INSIDE, high - _INSIDE)
+
+    def at(moved: FloatArray) -> Profile:
+        return with_constants(profile, constants, np.exp(start + moved))
+
+    whole = _composed([item.residuals for item in evidence], at)
+    best_cost, best, errors = np.inf, moved, (np.inf,) * start.size
+    for number in range(rounds + 1):
+        found = whole(moved)
+        cost = float(found @ found + (moved / _HELD) @ (moved / _HELD)) / 2
+        smooth = _composed([item.near(at(moved)) for item in evidence], at)
+        if cost < best_cost:
+            best_cost, best = cost, moved
+            errors = _errors(_slopes(smooth, moved, low, high), found)
+        progress(number, best_cost)
+        if number == rounds:
+            break
+        # Batches change where constants do: stay near.
+        near_low, near_high = np.maximum(low, moved - _NEAR), np.minimum(high, moved + _NEAR)
+        before, moved = moved, _fit_near(smooth, moved, near_low, near_high)
+        if np.abs(moved - before).max() < _STILL:
+            break
+    return Fitted(at(best), tuple(constants), errors, best_cost)
+
+
+def _fit_near(residuals: _Residuals, start: FloatArray, low: FloatArray, high: FloatArray) -> FloatArray:
+    """The logarithms between `low` and `high` at which smooth `residuals`, and the hold, are least."""
+
+    def held(moved: FloatArray) -> FloatArray:
+        return np.concatenate([residuals(moved), moved / _HELD])
+
+    def slopes(moved: FloatArray) -> FloatArray:
+        return np.vstack([_slopes(residuals, moved, low, high), np.eye(start.size) / _HELD])
+
+    inside = np.clip(start, low + _INSIDE, high - _INSIDE)
+    found = least_squares(
+        held, inside, jac=slopes, bounds=(low, high), x_scale=_NEAR, ftol=1e-4, xtol=1e-4, max_nfev=12
+    )
+    return np.asarray(found.x)
+
+
+def _slopes(residuals: _Residuals, at: FloatArray, low: FloatArray, high: FloatArray) -> FloatArray:
+    """The Jacobian of `residuals` at logarithms `at`, by differences that stay between `low` and `high`."""
+    here = residuals(at)
+    columns = []
+    for i in range(at.size):
+        step = _STEP if at[i] + _STEP <= high[i] else -_STEP
+        there = at.copy()
+        there[i] = max(low[i], at[i] + step)
+        columns.append((residuals(there) - here) / step)
+    return np.column_stack(columns)
+
+
+def _composed(parts: Sequence[Callable[[Profile], FloatArray]], at: Callable[[FloatArray], Profile]) -> _Residuals:
+    """All residuals, softened, of the constants' logarithms."""
 
     def residuals(moved: FloatArray) -> FloatArray:
-        changed = with_constants(profile, constants, np.exp(start + moved))
-        found = np.concatenate([item.residuals(changed) for item in evidence])
-        found = np.nan_to_num(_softened(found), nan=1e3, posinf=1e3, neginf=-1e3)
-        seen[0], seen[1] = seen[0] + 1, min(seen[1], float(found @ found) / 2)
-        progress(int(seen[0]), float(seen[1]))
-        return np.concatenate([found, moved / _HELD])
+        profile = at(moved)
+        return _softened(np.concatenate([part(profile) for part in parts]))
 
-    def jacobian(moved: FloatArray) -> FloatArray:
-        above, below = np.minimum(moved + _STEP, high), np.maximum(moved - _STEP, low)
-        columns = []
-        for i in range(start.size):
-            up, down = moved.copy(), moved.copy()
-            up[i], down[i] = above[i], below[i]
-            columns.append((residuals(up) - residuals(down)) / (up[i] - down[i]))
-        return np.column_stack(columns)
-
-    inside = np.clip(np.zeros(start.size), low + 1e-9, high - 1e-9)
-    best = least_squares(
-        residuals, inside, jac=jacobian, bounds=(low, high), x_scale=_SCALE,
-        ftol=_BREAK_OFF, xtol=1e-3, max_nfev=most_rounds,
-    )  # fmt: skip
-    told = np.asarray(best.jac)[: -start.size]
-    values = np.exp(start + best.x)
-    return Fitted(
-        with_constants(profile, constants, values),
-        tuple(constants),
-        _errors(told, best.fun[: -start.size]),
-        int(seen[0]),
-    )
+    return residuals
 
 
 def _softened(residuals: FloatArray) -> FloatArray:
     """Residuals whose squares grow linearly beyond 1 (soft L1): single points must not pull the fit."""
+    residuals = np.nan_to_num(residuals, nan=1e3, posinf=1e3, neginf=-1e3)
     squares: FloatArray = np.sign(residuals) * np.sqrt(2.0 * (np.sqrt(1.0 + residuals**2) - 1.0))
     return squares
 

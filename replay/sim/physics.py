@@ -43,12 +43,13 @@ class Constants(NamedTuple):
     idle_exponent: float
     awake_w: float
     core_w: float
-    core_clock_exponent: float
     memory_w: float
     memory_exponent: float
     compute_w: float
     compute_exponent: float
-    compute_clock_exponent: float
+    voltage_rise: float
+    voltage_mhz: float
+    voltage_width_mhz: float
 
 
 class AtClock(NamedTuple):
@@ -57,7 +58,7 @@ class AtClock(NamedTuple):
     x: float  # fraction of the boost clock
     slower: float  # what memory traffic takes longer
     always_w: float  # power of a step without work in it
-    compute_w: float
+    compute_w: float  # of full arithmetic, above that
 
 
 class Response(NamedTuple):
@@ -105,8 +106,14 @@ def at_lock(c: Constants, clock_mhz: float) -> AtClock:
 def _at(c: Constants, x: float) -> AtClock:
     slower = (1.0 + (c.knee / x) ** c.knee_sharpness) ** (1.0 / c.knee_sharpness)  # 1 above the knee, knee / x below
     idle = c.idle_unloaded_w + c.idle_loaded_w * x**c.idle_exponent
-    always_w = idle + c.awake_w + c.core_w * x**c.core_clock_exponent
-    return AtClock(x, slower, always_w, c.compute_w * x**c.compute_clock_exponent)
+    switching = x * _voltage_squared(c, x * c.boost_mhz) / _voltage_squared(c, c.boost_mhz)
+    return AtClock(x, slower, idle + c.awake_w + c.core_w * switching, c.compute_w * switching)
+
+
+@inlined
+def _voltage_squared(c: Constants, clock_mhz: float) -> float:
+    """The square of the cores' voltage over its floor: it ramps up between a floor and a ceiling."""
+    return 1.0 + c.voltage_rise / (1.0 + np.exp((c.voltage_mhz - clock_mhz) / c.voltage_width_mhz))
 
 
 @inlined

@@ -6,13 +6,15 @@ characterization in the repository jovans2/jovan-vllm (`cluster_experiments/char
 of Stojkovic et al., "Towards Greener LLMs".
 """
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import polars as pl
 
-from replay.sim.hardware import Hardware
+from replay.sim.hardware import Hardware, Work
 from replay.sim.physics import FloatArray
 from replay.sim.profile import Profile
 from replay.sim.virtual import VirtualEngines, arrivals_of, serve
@@ -26,7 +28,9 @@ SCHEMA = {
     "power_like": pl.Float64,  # mean power of the group, in any unit
     "ttft_s": pl.Float64,  # P99
 }
+IntArray = npt.NDArray[np.int64]
 CELL = ("tp", "bucket", "sm_clock_mhz")
+_OUTCOMES = ("sim_ttft_s", "sim_power_w", "sim_busy_w", "sim_tbt_s")
 _NS = 1_000_000_000
 # Points of one setting are served one after the other by one engine, far enough apart to be idle in between.
 _APART_NS = 3600 * _NS
@@ -50,7 +54,7 @@ class Load(NamedTuple):
         prompt = self.input_tokens["SML".index(bucket[0])]
         return prompt, min(self.output_tokens["SML".index(bucket[1])], self.max_model_len - prompt)
 
-    def arrivals_ns(self, rate_rps: float) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+    def arrivals_ns(self, rate_rps: float) -> IntArray:
         """When requests arrive at `rate_rps`, from the run's start."""
         # The source's generator, and with it its very arrivals, are numpy's legacy ones.
         gaps = np.random.RandomState(self.seed).exponential(1.0 / rate_rps, int(2 * self.arrivals_s * rate_rps))
@@ -89,23 +93,76 @@ def read_points(path: Path, load: Load) -> pl.DataFrame:
     return points
 
 
+class Played(NamedTuple):
+    """Points of one TP size and clock, served: who was in which step, and how long steps and pauses were."""
+
+    tp: int
+    clock_mhz: float
+    rows: IntArray  # of the points, in the table that they came from
+    work: Work[FloatArray]  # of each step
+    point: IntArray  # of each step: its place in `rows`
+    last_run: npt.NDArray[np.bool_]  # the steps after which the engine does not idle before its point's end
+    played_s: FloatArray  # how long each step lasted
+    idle_s: FloatArray  # of each point, until its last token
+    owner: IntArray  # of each request: its point's place in `rows`
+    joined_step: IntArray  # of each request: the step under way when it arrived, else the one that it began with
+    missed: FloatArray  # and which part of that step it had missed
+    first_step: IntArray  # the step that gave it its first token
+
+    def outcomes(self, profile: Profile) -> FloatArray:
+        """The columns of `simulate_points` [n, 4] with these batches, by the step times and powers of `profile`.
+
+        With the profile that they were played with, this is what happened. With one close to it, it is what happens as
+        long as the batches stay as they are, which changes smoothly with the constants: a request arrives in the same
+        part of the same step, and what steps take longer the pauses behind them are shorter.
+        """
+        hardware, n = Hardware(profile, self.tp), self.rows.size
+        step_s = hardware.step_s(self.work, self.clock_mhz)
+        gpu_w = hardware.step_w(self.work, self.clock_mhz) / self.tp
+        end_s = np.cumsum(step_s)
+        ttft_s = end_s[self.first_step] - (end_s - step_s)[self.joined_step] - self.missed * step_s[self.joined_step]
+        busy_s = np.bincount(self.point, step_s, n)
+        busy_j = np.bincount(self.point, step_s * gpu_w, n)
+        longer_s = np.bincount(self.point, np.where(self.last_run, 0.0, step_s - self.played_s), n)
+        idle_s = np.maximum(self.idle_s - longer_s, 0.0)
+        decode = self.work.decode_tokens
+        return np.column_stack(
+            [
+                _percentiles(ttft_s, self.owner, n, 0.99),
+                self.tp * (busy_j + hardware.idle_w(self.clock_mhz) * idle_s) / (busy_s + idle_s),
+                busy_j / busy_s,
+                np.bincount(self.point, step_s * decode, n) / np.maximum(np.bincount(self.point, decode, n), 1),
+            ]
+        )
+
+
 def simulate_points(profile: Profile, points: pl.DataFrame, load: Load) -> pl.DataFrame:
     """`points` with what the simulated engine makes of each, in virtual time.
 
     `sim_ttft_s` (P99), `sim_power_w` (mean of the whole group from the run's start to its last token), `sim_busy_w`
     (mean of one GPU while steps run), `sim_tbt_s` (mean duration of a decode step, weighted by its tokens).
     """
-    found = np.full((points.height, 4), np.nan)
-    rows = points.with_row_index("row")
-    for (tp, mhz), cell in rows.group_by("tp", "sm_clock_mhz", maintain_order=True):
-        hardware = Hardware(profile, int(tp))
-        found[cell["row"].to_numpy()] = _simulate_cell(hardware, float(mhz), cell, load)
-    names = ("sim_ttft_s", "sim_power_w", "sim_busy_w", "sim_tbt_s")
-    return points.with_columns(pl.Series(name, found[:, i]) for i, name in enumerate(names))
+    return with_outcomes(profile, points, play(profile, points, load))
 
 
-def _simulate_cell(hardware: Hardware, clock_mhz: float, cell: pl.DataFrame, load: Load) -> FloatArray:
-    """The four simulated columns [n, 4] of points that share hardware and clock."""
+def with_outcomes(profile: Profile, points: pl.DataFrame, played: Iterable[Played]) -> pl.DataFrame:
+    """`points` with the columns of `simulate_points`, from what `play` found."""
+    found = np.full((points.height, len(_OUTCOMES)), np.nan)
+    for cell in played:
+        found[cell.rows] = cell.outcomes(profile)
+    return points.with_columns(pl.Series(name, found[:, i]) for i, name in enumerate(_OUTCOMES))
+
+
+def play(profile: Profile, points: pl.DataFrame, load: Load) -> list[Played]:
+    """Serve every point in virtual time; one entry for each TP size and clock."""
+    return [
+        _play_cell(profile, int(tp), float(mhz), cell, load)
+        for (tp, mhz), cell in points.with_row_index("row").group_by("tp", "sm_clock_mhz", maintain_order=True)
+    ]
+
+
+def _play_cell(profile: Profile, tp: int, clock_mhz: float, cell: pl.DataFrame, load: Load) -> Played:
+    """Serve points that share hardware and clock one after the other."""
     times, prompts, outputs, owners = [], [], [], []
     for i, (rate_rps, bucket) in enumerate(cell.select("load_rps", "bucket").iter_rows()):
         arrivals_ns = load.arrivals_ns(rate_rps) + i * _APART_NS
@@ -115,25 +172,39 @@ def _simulate_cell(hardware: Hardware, clock_mhz: float, cell: pl.DataFrame, loa
         outputs.append(np.full(arrivals_ns.size, output))
         owners.append(np.full(arrivals_ns.size, i))
     arrival_ns, owner = np.concatenate(times), np.concatenate(owners)
-    engines = VirtualEngines(hardware, clock_mhz, buffer_steps=_ENGINE_STEPS)
+    engines = VirtualEngines(Hardware(profile, tp), clock_mhz, buffer_steps=_ENGINE_STEPS)
     served = serve(engines, arrivals_of(arrival_ns, np.concatenate(prompts), np.concatenate(outputs)))
-    ttft_s = (served.done["first_token_ns"] - arrival_ns) / _NS
-    n, steps = cell.height, served.steps
-    place = steps["start_ns"] // _APART_NS
-    step_s = (steps["end_ns"] - steps["start_ns"]) / _NS
-    total = {
-        name: np.bincount(place, weights=step_s * weight, minlength=n)
-        for name, weight in {"busy_s": 1.0, "gpu_j": steps["gpu_w"], "decode_s": steps["decode_tokens"]}.items()
-    }
-    end_s = np.zeros(n)
-    np.maximum.at(end_s, place, steps["end_ns"] / _NS - place * (_APART_NS / _NS))
-    decoded = np.bincount(place, weights=steps["decode_tokens"], minlength=n)
-    idle_j = hardware.idle_w(clock_mhz) * (end_s - total["busy_s"])
-    return np.column_stack(
-        [
-            [np.percentile(ttft_s[owner == i], 99) for i in range(n)],
-            hardware.tp * (total["gpu_j"] + idle_j) / end_s,
-            total["gpu_j"] / total["busy_s"],
-            total["decode_s"] / np.maximum(decoded, 1),
-        ]
+    steps = served.steps
+    point = steps["start_ns"] // _APART_NS
+    columns = (steps["prefill_tokens"], steps["decode_tokens"], steps["context_tokens"], steps["attention_twice"] / 2)
+    last = np.append(np.flatnonzero(np.diff(point)), point.size - 1)
+    end_s = (steps["end_ns"] - point * _APART_NS) / _NS
+    played_s = (steps["end_ns"] - steps["start_ns"]) / _NS
+    run = np.cumsum(np.append(True, steps["start_ns"][1:] > steps["end_ns"][:-1]))
+    # The first step that ends after the arrival: under way then, or begun by it.
+    joined = np.searchsorted(steps["end_ns"], arrival_ns, side="right")
+    return Played(
+        tp,
+        clock_mhz,
+        cell["row"].to_numpy().astype(np.int64),
+        Work(*(column.astype(float) for column in columns)),
+        point,
+        run == run[last][point],
+        played_s,
+        end_s[last] - np.bincount(point, played_s, cell.height),
+        owner,
+        joined,
+        (arrival_ns - steps["start_ns"][joined]) / _NS / played_s[joined],
+        np.searchsorted(steps["end_ns"], served.done["first_token_ns"]),
     )
+
+
+def _percentiles(values: FloatArray, owner: IntArray, n: int, share: float) -> FloatArray:
+    """The quantile `share` of the values of each of `n` owners, between neighbours as numpy does; owners ascend."""
+    ordered = values[np.lexsort((values, owner))]
+    counts = np.bincount(owner, minlength=n)
+    place = np.cumsum(counts) - counts + share * (counts - 1)
+    low = np.floor(place).astype(np.int64)
+    high = np.minimum(low + 1, ordered.size - 1)
+    found: FloatArray = ordered[low] + (place - low) * (ordered[high] - ordered[low])
+    return found

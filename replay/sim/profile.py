@@ -77,12 +77,13 @@ class PowerModel:
     idle_exponent: float
     awake_w: float
     core_w: float
-    core_clock_exponent: float
     memory_w: float
     compute_w: float
     memory_exponent: float
     compute_exponent: float
-    compute_clock_exponent: float
+    voltage_rise: float  # of the square of the cores' voltage, from its floor to its ceiling, over the floor's
+    voltage_mhz: float  # the middle of that ramp
+    voltage_width_mhz: float
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 No simulation is needed: what every step did is on record, so its duration and power follow from the formulas alone.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -75,6 +75,10 @@ class RunEvidence:
         return np.concatenate(
             [step / _STEP * np.sqrt(rarer / step.size), window / _WINDOW * np.sqrt(rarer / window.size)]
         )
+
+    def near(self, _profile: Profile) -> Callable[[Profile], FloatArray]:
+        """Steps on record are smooth anyway."""
+        return self.residuals
 
     def part(self, *, held_out: bool, share: float, seed: int) -> "RunEvidence":
         """The same instance with the held-out stretches of time in use, or with all others."""

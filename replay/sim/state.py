@@ -33,7 +33,7 @@ REQUEST = np.dtype(
         ("next", np.int32),  # in the queue; -1: none
         ("previous", np.int32),
         ("keys_count", np.int32),  # content keys that it has ...
-        ("keys_at", np.int64),  # ... from here in `keys`, one for each `key_tokens` tokens from its beginning on
+        ("keys_at", np.int64),  # ... from here in `keys`, one for each `key_tokens` tokens of its prompt
         ("order", np.int64),  # of arrival
         ("arrival_ns", np.int64),
         ("first_token_ns", np.int64),

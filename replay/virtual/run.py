@@ -23,7 +23,7 @@ from replay.live import Progress
 from replay.manifest import first_manifest, host
 from replay.plan import Plan, Router, RunOptions, make_plan
 from replay.prepare import Prepared, check_settings, describe
-from replay.rundir import POWER, REQUESTS, REQUESTS_OPTIONAL, SEGMENTS, TRUTH, scan_table, write_manifest
+from replay.rundir import ARRIVALS, POWER, REQUESTS, REQUESTS_OPTIONAL, SEGMENTS, TRUTH, scan_table, write_manifest
 from replay.session import claim, clear
 from replay.sim.arguments import capped
 from replay.sim.blocks import RecordArray, mix
@@ -135,7 +135,13 @@ class _Run:
         self._tokens = TokenTimes() if options.save_chunks and survey.output_tokens <= CHUNK_TOKENS else None
         self._judge = Judge(survey, plan.gpus, manifest["instances"][0]["freq_mhz"], self._zero_ns)
         requests = REQUESTS if self._tokens is None else pl.Schema({**REQUESTS, **REQUESTS_OPTIONAL})
-        schemas = {"requests": requests, "steps": STEPS_OF_SIM, "segments": SEGMENTS, "power": POWER}
+        schemas = {
+            "requests": requests,
+            "steps": STEPS_OF_SIM,
+            "segments": SEGMENTS,
+            "arrivals": ARRIVALS,
+            "power": POWER,
+        }
         self._tables = {n: stack.enter_context(TableWriter(plan.run_dir, n, schema)) for n, schema in schemas.items()}
         self._trace = stack.enter_context(TraceWriter(plan.run_dir, read_metadata(options.trace)))
         self._kept: list[Columns] = []  # of requests that wait for the times of their tokens
@@ -171,7 +177,9 @@ class _Run:
         if self._keys is not None:
             bounds = self._keys_at[self._fed : self._fed + batch.height + 1]
             rows["keys_at"] = bounds[:-1]
-            rows["keys_count"] = np.minimum(np.diff(bounds), rows["prompt"] // self._plan.block_tokens)
+            rows["keys_count"] = np.diff(bounds)
+        if "priority" in batch.columns:
+            rows["priority"] = batch["priority"].cast(pl.Int32).fill_null(0).to_numpy()
         self._fed += batch.height
         return rows
 
@@ -186,6 +194,8 @@ class _Run:
             self._tokens.add(output)
         columns, rows = self._window.take()
         self._judge.requests(columns, rows)
+        arrived = {"arrival_ns": columns["scheduled_ns"], **{n: columns[n] for n in ("instance", "request_id")}}
+        self._tables["arrivals"].append(arrived, rows)
         if self._tokens is not None:
             self._kept.append(columns)
         else:

@@ -30,6 +30,7 @@ STEPS_OF_SIM = pl.Schema({**STEPS, **SIM_STEP})
 _GROWING = {
     "steps": ("step", "start_ns", "end_ns", "context_tokens", "prefill_tokens", "prefill_attention"),
     "segments": ("request_id", "first_step", "last_step", "context_start"),
+    "arrivals": ("request_id", "arrival_ns"),
     "power": ("t_ns", "sensor_ns", "power_instant_mw", "power_average_mw", "energy_mj"),
     "requests": (
         "request_id", "scheduled_ns", "sent_ns", "headers_ns", "first_token_ns", "last_token_ns", "done_ns",
