@@ -65,15 +65,24 @@ def content_keys(tokens: npt.NDArray[np.uint64], block_tokens: int) -> npt.NDArr
 
 
 @inlined
-def take_free(pool: Pool) -> int:
-    """Hold the free block that comes first; its content is lost."""
+def take_free(pool: Pool, table: npt.NDArray[np.int32], first: int, count: int) -> None:
+    """Hold the `count` free blocks that come first, in `table` from `first` on; their content is lost.
+
+    There must be as many.
+    """
     blocks = pool.blocks
-    taken = blocks[-1].next
-    _unlink(pool, taken)
-    if blocks[taken].key != np.uint64(0):
-        _forget(pool, taken)
-    blocks[taken].holders = 1
-    return taken
+    end = len(blocks) - 1
+    block = blocks[end].next
+    for j in range(first, first + count):
+        table[j] = block
+        record = blocks[block]
+        if record.key != np.uint64(0):
+            _forget(pool, block)
+        record.holders = 1
+        block = record.next
+    blocks[end].next = block
+    blocks[block].previous = end
+    pool.free[0] -= count
 
 
 @inlined
@@ -85,18 +94,32 @@ def hold(pool: Pool, block: int) -> None:
 
 
 @inlined
-def release(pool: Pool, block: int, full: bool) -> None:
-    """Let go of a block. Unheld, it queues up: at the end when it is `full`, in front when its content has no use."""
+def release(pool: Pool, table: npt.NDArray[np.int32], count: int, full: int) -> None:
+    """Let go of the first `count` blocks of `table`, the last first.
+
+    Unheld, the `full` ones at its beginning queue up at the end, the others in front: their content has no use.
+    """
     blocks = pool.blocks
-    blocks[block].holders -= 1
-    if blocks[block].holders > 0:
-        return
     end = len(blocks) - 1
-    before = blocks[end].previous if full else end
-    after = blocks[before].next
-    blocks[block].previous, blocks[block].next = before, after
-    blocks[before].next = blocks[after].previous = block
-    pool.free[0] += 1
+    for j in range(count - 1, full - 1, -1):
+        block = table[j]
+        blocks[block].holders -= 1
+        if blocks[block].holders == 0:
+            after = blocks[end].next
+            blocks[block].previous, blocks[block].next = end, after
+            blocks[end].next = blocks[after].previous = block
+            pool.free[0] += 1
+    last = blocks[end].previous
+    for j in range(min(count, full) - 1, -1, -1):
+        block = table[j]
+        blocks[block].holders -= 1
+        if blocks[block].holders == 0:
+            blocks[block].previous = last
+            blocks[last].next = block
+            last = block
+            pool.free[0] += 1
+    blocks[last].next = end
+    blocks[end].previous = last
 
 
 @inlined

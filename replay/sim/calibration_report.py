@@ -8,8 +8,9 @@ import polars as pl
 from replay.sim.calibrate import Calibration, provenance, run_spreads
 from replay.sim.hardware import Hardware
 from replay.sim.node_file import node_text
+from replay.sim.points import SCHEMA, simulate_points
 from replay.sim.profile import EngineModel, load_node
-from replay.sim.published import step_times
+from replay.sim.published import BUSY_W, IDLE_W, step_times
 from replay.sim.residuals import Spread, add_ratios, knees, levels, spreads, watts_per_unit
 from tracegen.console import print_table, say
 
@@ -39,6 +40,7 @@ def summary(calibration: Calibration) -> dict[str, Any]:
         "saturation_close": sum(abs(row["measured_rps"] - row["simulated_rps"]) <= _CLOSE_RPS for row in saturation),
         "watts_per_unit_of_power": dict(zip(("p5", "median", "p95"), watts_per_unit(points), strict=True)),
         "step_times": _step_rows(calibration),
+        "watts_per_gpu": _watt_rows(calibration),
     }
     if calibration.left_out:
         document["clocks_left_out"] = {
@@ -94,6 +96,23 @@ def _step_rows(calibration: Calibration) -> list[dict[str, Any]]:
                 }
             )
     return rows
+
+
+def _watt_rows(calibration: Calibration) -> list[dict[str, Any]]:
+    """Published powers of one GPU beside the simulated ones: idle with the model loaded, and busy."""
+    profile = calibration.profile
+    if not step_times(profile):
+        return []
+    pair = Hardware(profile, 2)
+    idle = [("idle, loaded", mhz, watts, watts, pair.idle_w(mhz)) for mhz, watts in IDLE_W.items()]
+    # What the raw logs' small inputs were is not known: short prompts here, at rates that TP2 sustains.
+    settings = [(rate, 2, mhz, bucket) for mhz in BUSY_W for bucket in ("SS", "SM") for rate in (0.5, 1.0, 1.5, 2.0)]
+    schema = {name: SCHEMA[name] for name in ("load_rps", "tp", "sm_clock_mhz", "bucket")}
+    loaded = simulate_points(profile, pl.DataFrame(settings, schema=schema, orient="row"), calibration.data.load)
+    means = dict(loaded.group_by("sm_clock_mhz").agg(pl.mean("sim_busy_w")).iter_rows())
+    busy = [("busy, short prompts, TP2", mhz, low, high, means[mhz]) for mhz, (low, high) in BUSY_W.items()]
+    names = ("what", "mhz", "published_low_w", "published_high_w", "simulated_w")
+    return [dict(zip(names, row, strict=True)) for row in idle + busy]
 
 
 def hardware_file(calibration: Calibration) -> str:
@@ -183,6 +202,20 @@ def _print_points(document: dict[str, Any]) -> None:
                 for row in document["step_times"]
             ],
         )
+        say()
+    if document["watts_per_gpu"]:
+        say("Power of one GPU, W")
+        print_table(
+            ("", "MHz", "published", "simulated"),
+            [
+                [
+                    row["what"], str(row["mhz"]),
+                    "-".join(f"{watts:.0f}" for watts in sorted({row["published_low_w"], row["published_high_w"]})),
+                    f"{row['simulated_w']:.0f}",
+                ]
+                for row in document["watts_per_gpu"]
+            ],
+        )  # fmt: skip
         say()
     say("P99 TTFT at the highest clock, simulated over measured - 1: median, and median and p95 of its size")
     for row in document["ttft_at_highest_clock"]:

@@ -31,7 +31,7 @@ def inlined(function: Function) -> Function:
 
 
 def _compile(function: Function, *, forceinline: bool) -> Function:
-    dispatcher: Any = njit(cache=True, forceinline=forceinline)(function)
+    dispatcher: Any = njit(cache=True, forceinline=forceinline, error_model="numpy")(function)
     dispatcher._cache._cache_file._source_stamp = _STAMP  # noqa: SLF001 - numba has no public way
     called_alike: Function = dispatcher
     return called_alike

@@ -222,9 +222,8 @@ def _grow(core: Core, request: Record, tokens: int) -> bool:
         lacking = -(-end // state.block_tokens) - request.held
         if lacking > core.pool.free[0]:
             return False
-        for _ in range(lacking):
-            core.tables[request.table, request.held] = take_free(core.pool)
-            request.held += 1
+        take_free(core.pool, core.tables[request.table], request.held, lacking)
+        request.held += lacking
     if state.prefix_caching and request.keys_count > 0:
         _name_full(core, request, end // state.block_tokens)
     return True
@@ -248,8 +247,7 @@ def _free(core: Core, row: int) -> None:
     """Let go of a request's blocks, the last first."""
     state, request = core.state[0], core.requests[row]
     full = request.computed // state.block_tokens if state.prefix_caching else 0
-    for j in range(request.held - 1, -1, -1):
-        release(core.pool, core.tables[request.table, j], j < full)
+    release(core.pool, core.tables[request.table], request.held, full)
     core.spare[state.tables_free] = request.table
     state.tables_free += 1
     request.held = request.named = 0

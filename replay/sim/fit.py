@@ -24,6 +24,7 @@ _REACH = 4.0  # other constants may change by this factor either way
 _HELD = 1.0  # prior standard deviation of a constant's logarithm: what is told moves freely, what is not stays
 _STEP = 1e-4  # of the logarithms, for derivatives
 _NEAR = 0.15  # of the logarithms, in one round
+_PATIENCE = 2  # rounds without a better one, and the search ends
 _STILL = 1e-3  # a round that moves no constant by more is the last
 _INSIDE = 1e-9  # the search starts this far from its bounds
 
@@ -108,16 +109,16 @@ def fit(
         return with_constants(profile, constants, np.exp(start + moved))
 
     whole = _composed([item.residuals for item in evidence], at)
-    best_cost, best, errors = np.inf, moved, (np.inf,) * start.size
+    best_cost, best, errors, best_round = np.inf, moved, (np.inf,) * start.size, 0
     for number in range(rounds + 1):
         found = whole(moved)
         cost = float(found @ found + (moved / _HELD) @ (moved / _HELD)) / 2
         smooth = _composed([item.near(at(moved)) for item in evidence], at)
         if cost < best_cost:
-            best_cost, best = cost, moved
+            best_cost, best, best_round = cost, moved, number
             errors = _errors(_slopes(smooth, moved, low, high), found)
         progress(number, best_cost)
-        if number == rounds:
+        if number == rounds or number - best_round == _PATIENCE:
             break
         # Batches change where constants do: stay near.
         near_low, near_high = np.maximum(low, moved - _NEAR), np.minimum(high, moved + _NEAR)

@@ -317,7 +317,7 @@ def _take_blocks(core: Core, groups: npt.NDArray[np.int64], done: int) -> bool:
         return False
     for i in range(groups[group], groups[group + 1]):
         request = core.requests[core.parts[i].row]
-        core.tables[request.table, request.held] = take_free(core.pool)
+        take_free(core.pool, core.tables[request.table], request.held, 1)
         request.held += 1
     return True
 

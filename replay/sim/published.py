@@ -66,12 +66,6 @@ _SPLITWISE_CONTEXT_TOKENS = 1024.0
 IDLE_W = {1410: 88.0, 1605: 102.0, 1800: 112.0, 1830: 113.0}
 # [greener]: mean power of a busy GPU, W, TP2 with small inputs; lowest and highest of its raw power logs.
 BUSY_W = {1410: (350.0, 370.0), 1605: (402.0, 421.0), 1800: (432.0, 458.0)}
-# [greener]: `max_load_tp2`, `_tp4`, `_tp8` of its cluster experiments, requests/s, for the buckets SS SM ... LL.
-MAX_LOAD_RPS = {
-    2: (5.0, 2.5, 1.0, 2.5, 1.0, 0.5, 0.0, 0.0, 0.0),
-    4: (7.0, 5.5, 4.0, 3.0, 2.6, 1.6, 2.0, 1.5, 0.5),
-    8: (9.5, 7.0, 5.0, 3.5, 3.5, 3.0, 2.5, 2.0, 1.9),
-}
 
 
 def step_times(profile: Profile) -> list[StepTime]:

@@ -84,7 +84,7 @@ def levels(points: pl.DataFrame, by: tuple[str, ...] = ("tp",)) -> list[dict[str
 
 
 def knees(points: pl.DataFrame) -> list[dict[str, Any]]:
-    """The highest rate before the first saturated one, measured and simulated by the same rule, at the highest clock.
+    """The highest rate that is not saturated, measured and simulated by the same rule, at the highest clock.
 
     `ended` says that the sweep ended before the measured knee.
     """

@@ -268,7 +268,7 @@ def test_a_hardware_file_of_ones_own(tmp_path):
     shipped = files("replay.sim").joinpath("profiles", "nodes", "dgx-h100.toml").read_text("utf-8")
     path = tmp_path / "mine.toml"
     path.write_text(
-        shipped.replace("launch_s = 0.0044", "launch_s = 0.0100").replace("source =", "points = 965\nsource =")
+        re.sub(r"launch_s = \S+", "launch_s = 0.0100", shipped).replace("source =", "anything_else = 965\nsource =")
     )
     mine, theirs = load_profile(str(path)), load_profile("DGX-H100")
     assert (mine.hardware, mine.time.launch_s, mine.calibrated) == (str(path), 0.01, True)
