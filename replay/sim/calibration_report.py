@@ -28,9 +28,8 @@ def summary(calibration: Calibration) -> dict[str, Any]:
         return document | {"runs": run_spreads(calibration)}
     points = calibration.points
     ratios = add_ratios(points)
-    parts = {"all": ratios}
-    if calibration.fitted:
-        parts |= {"fitted": ratios.filter(~pl.col("held_out")), "held_out": ratios.filter(pl.col("held_out"))}
+    held_out = pl.col("held_out")
+    parts = {"all": ratios, "fitted": ratios.filter(~held_out), "held_out": ratios.filter(held_out)}
     saturation = knees(points)
     document |= {
         "ratios": {name: spreads(part)[0] for name, part in parts.items() if part.height},

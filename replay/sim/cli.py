@@ -74,7 +74,13 @@ def calibrate(
         float, typer.Option(help="Share of the data that the fit must not see.", min=0.0, max=0.8)
     ] = 0.2,
     seed: Annotated[int, typer.Option(help="Draws what is held out.")] = 0,
-    fit: Annotated[bool, typer.Option("--fit/--no-fit", help="Fit, or only compare the constants as they are.")] = True,
+    fit: Annotated[
+        bool,
+        typer.Option(
+            "--fit/--no-fit",
+            help="Fit, or only compare the constants as they are, by what a fit of this share and seed holds out.",
+        ),
+    ] = True,
     leave_clocks_out: Annotated[
         bool, typer.Option("--leave-clocks-out", help="Also fit without each clock, and compare at it.")
     ] = False,

@@ -1,5 +1,7 @@
 """The residuals of a calibration as SVG files. Nothing is computed here."""
 
+import io
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ _INK, _MUTED, _GRID = "#1b2733", "#667380", "#e6eaee"
 _COLOURS = {"fitted": "#2b6ca3", "held out": "#e07a2f"}
 _FONT = "Arial, Helvetica, 'Liberation Sans', sans-serif"
 _PANEL = 230
+_LONG = re.compile(r"(\d\.\d\d)\d+")  # numbers with more digits than a pixel can show
 _AXIS = {
     "labelColor": _MUTED,
     "titleColor": _MUTED,
@@ -32,9 +35,7 @@ def draw(calibration: Calibration, folder: Path) -> list[Path]:
     if calibration.points is None:
         raise ReplayError("--plots: drawn for points only; runs have tables")
     ratios = add_ratios(calibration.points).with_columns(
-        part=pl.when(pl.col("held_out") & (calibration.fitted is not None))
-        .then(pl.lit("held out"))
-        .otherwise(pl.lit("fitted"))
+        part=pl.when("held_out").then(pl.lit("held out")).otherwise(pl.lit("fitted"))
     )
     charts = {
         "power-ratio": _ratios(ratios, "power", "mean power"),
@@ -47,7 +48,9 @@ def draw(calibration: Calibration, folder: Path) -> list[Path]:
     paths = []
     for name, chart in charts.items():
         path = folder / f"{name}.svg"
-        _dressed(chart).save(str(path), format="svg")
+        drawing = io.StringIO()
+        _dressed(chart).save(drawing, format="svg")
+        path.write_text(_LONG.sub(r"\1", drawing.getvalue()), encoding="utf-8")
         paths.append(path)
     return paths
 
@@ -66,7 +69,7 @@ def _ratios(ratios: pl.DataFrame, name: str, what: str) -> Any:
     colour = alt.Scale(domain=list(_COLOURS), range=list(_COLOURS.values()))
     marks = (
         alt.Chart(data)
-        .mark_circle(size=14, opacity=0.75)
+        .mark_square(size=9, opacity=0.8)
         .encode(
             x=alt.X("clock:N", title=None, sort=clocks, axis=alt.Axis(labelAngle=0)),
             xOffset=alt.XOffset("place:Q"),
