@@ -107,6 +107,11 @@ def load_run(run: Run, scope: str = "gpu") -> RunData:
         raise AnalysisError(f"scope '{scope}' is unknown; use {' or '.join(SCOPES)}")
     check_manifest(run)
     if not run.has("power"):
+        if run.manifest.get("state") in {"starting", "running"} and not run.has("requests"):
+            raise AnalysisError(
+                f"{run.path}: this run did not finish and left no tables (its manifest says "
+                f"'{run.manifest['state']}'); wait for it if it still runs, else replay it again"
+            )
         raise AnalysisError(
             f"{run.path}: has no power samples (power.parquet), so there is no energy to attribute; "
             "replay with GPUs that can be read (--gpus with an attached server) or with --engine sim"

@@ -5,7 +5,7 @@ both as functions of x with non-negative coefficients:
 
 - `ActivityModel`. Duration = c(x) + (a(x)^p + b(x)^p)^(1/p): overhead, compute and memory time, each linear in x, the
   last two joined by a soft maximum. Power above idle = a sum over the two activities' a/Δ and b/Δ constant, linear,
-  root, square and product terms, and over the rates of work x/Δ.
+  root, square and product terms, and over the rates of steps and of work, 1/Δ and x/Δ.
 - `LinearModel`. Duration = d0 + d·x, energy above idle = θ0·Δ + θ·x; for thin data, and for pseudo-steps, whose
   durations are no engine's and stay unmodelled.
 
@@ -103,10 +103,10 @@ class ActivityModel:
     compute: Floats
     memory: Floats
     exponent: float
-    power: Floats  # (12,): W of the terms in `_terms`, then J per unit of work
+    power: Floats  # (13,): W of the terms in `_terms`, then J a step and J per unit of work
 
     def features(self, steps: Steps) -> Floats:
-        """Power features (n, 12) of each step."""
+        """Power features (n, 13) of each step."""
         return self._features(steps.work)[0]
 
     def predict_s(self, work: Floats) -> Floats:
@@ -124,7 +124,7 @@ class ActivityModel:
         nothing = np.zeros_like(steps.work)
         c0, a0, b0 = self._times(nothing)
         c1, a1, b1 = (t1 - t0 for t1, t0 in zip(self._times(steps.work), (c0, a0, b0), strict=True))
-        price = nothing + self.power[TERMS:]
+        price = nothing + self.power[TERMS + 1 :]
         for node, weight in GAUSS:
             slopes = self._slopes(c0 + node * c1, a0 + node * a1, b0 + node * b1, idle_w)
             for slope, coefficients in zip(slopes, (self.overhead, self.compute, self.memory), strict=True):
@@ -132,7 +132,7 @@ class ActivityModel:
         price = np.maximum(price, 0.0)  # a quadratic power term may make a kind of work seem to save energy
         span_s = np.maximum(c0 + _soft_max(a0, b0, self.exponent), TINY)
         at_zero_w = _terms(a0 / span_s, b0 / span_s) @ self.power[:TERMS]
-        shared = (idle_w + at_zero_w) * span_s
+        shared = (idle_w + at_zero_w) * span_s + self.power[TERMS]
         total = shared + (price * steps.work).sum(axis=1)
         modelled = (idle_w + self.features(steps) @ self.power) * (steps.end_s - steps.start_s)
         # Quadrature and the clipped prices miss the model's own energy a little, its duration the measured one.
@@ -140,10 +140,10 @@ class ActivityModel:
         return Parts(modelled, shared * scale, price * scale[:, None])
 
     def _features(self, work: Floats) -> tuple[Floats, Floats]:
-        """Power features (m, 12) of steps with `work`, and their durations."""
+        """Power features (m, 13) of steps with `work`, and their durations."""
         c, a, b = self._times(work)
         span_s = np.maximum(c + _soft_max(a, b, self.exponent), TINY)
-        return np.concatenate([_terms(a / span_s, b / span_s), work / span_s[:, None]], axis=1), span_s
+        return np.concatenate([_terms(a / span_s, b / span_s), _with_one(work) / span_s[:, None]], axis=1), span_s
 
     def _times(self, work: Floats) -> tuple[Floats, Floats, Floats]:
         x = _with_one(work)
@@ -283,7 +283,7 @@ def _fit_duration(steps: Steps) -> ActivityModel:
         coefficients = np.zeros(15)
         coefficients[masks] = parameters[:-1] / scales
         return ActivityModel(
-            coefficients[:5], coefficients[5:10], coefficients[10:], 1 + parameters[-1], np.zeros(TERMS + 4)
+            coefficients[:5], coefficients[5:10], coefficients[10:], 1 + parameters[-1], np.zeros(TERMS + 5)
         )
 
     def residuals(parameters: Floats) -> Floats:

@@ -106,7 +106,11 @@ def run(
         typer.Option(help="Node that the simulated engine simulates: a name or a TOML file.", show_default="dgx-h100"),
     ] = None,
     virtual: Annotated[
-        bool, typer.Option("--virtual", help="Simulate in virtual time, without a server: days in minutes.")
+        bool,
+        typer.Option(
+            "--virtual",
+            help="Simulate in virtual time, without a server: days in minutes. Ctrl-C removes an unfinished run.",
+        ),
     ] = False,
     truth: Annotated[
         bool | None,

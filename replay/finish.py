@@ -1,6 +1,6 @@
 """After the last request: make each table one file, compute a simulated run's truth, judge the run."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -67,6 +67,12 @@ def merge_segments(segments: pl.DataFrame) -> pl.DataFrame:
     return pl.concat([merged, foreign])
 
 
+def _held_mhz(manifest: Mapping[str, Any]) -> float | None:
+    """The highest clock that a simulated GPU holds under load, MHz; None where the GPUs are real."""
+    profile = manifest["simulated_profile"]
+    return None if profile is None else float(profile["constants"]["time"]["sustained_mhz"])
+
+
 def _above(name: str) -> pl.Expr:
     """Column `name` of the row before."""
     return pl.col(name).shift(1)
@@ -96,7 +102,7 @@ def judge(run_dir: Path, manifest: dict[str, Any], late_ns: Sequence[int]) -> li
         verdicts.lengths_exact(requests, trace),
         verdicts.saturated(requests),
         verdicts.steps_complete(table("steps"), table("segments"), requests),
-        verdicts.clocks_held(during, serving, freq_mhz),
+        verdicts.clocks_held(during, serving, freq_mhz, _held_mhz(manifest)),
         verdicts.sensor_alive(power, serving, *window),
         verdicts.counter_agrees(power, serving, *window),
         verdicts.idle_measured(before, after),

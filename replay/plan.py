@@ -1,5 +1,6 @@
 """What the user asks of a run, and what that comes to on this machine, before anything is started."""
 
+import itertools
 import math
 import re
 from collections.abc import Mapping
@@ -102,6 +103,8 @@ def make_plan(options: RunOptions) -> Plan:
     hashed = options.virtual or "prefix_hashes" in trace.columns
     block_tokens = read_metadata(options.trace).get("block_tokens", 0) if hashed else 0
     engine, why = _choose_engine(options)
+    if prioritized(trace):
+        check_by_priority(engine, options)
     named = len(options.gpus or ()) // options.replicas
     profile = _simulated(options) if engine == "sim" else None
     tp = options.tp or named or (_smallest_tp(profile) if profile else 1)
@@ -172,16 +175,24 @@ def _check_virtual(options: RunOptions) -> None:
     """Raise `ReplayError` for an option that means nothing in virtual time."""
     if options.engine not in {"auto", "sim"}:
         raise ReplayError(f"--virtual with --engine {options.engine}: only the simulated engine runs in virtual time")
-    for name, given in (
-        ("--max-concurrency", options.max_concurrency),
-        ("--max-rate", options.max_rate_rps),
-        ("--port", options.port),
-        ("--num-warmups", options.num_warmups),
-        ("--request-timeout-sec", options.request_timeout_s),
-        ("--with-cpu", options.with_cpu),
+    loop = "requests arrive at their times, without a client that could hold them back"
+    server = "no server is launched in virtual time"
+    for name, given, why in (
+        ("--max-concurrency", options.max_concurrency, loop),
+        ("--max-rate", options.max_rate_rps, loop),
+        ("--port", options.port, server),
+        ("--vllm-python", options.vllm_python, server),
+        ("--ready-check-timeout-sec", options.ready_timeout_s != RunOptions.ready_timeout_s, server),
+        ("--num-warmups", options.num_warmups, "the simulated engine needs no warm-up"),
+        ("--request-timeout-sec", options.request_timeout_s, "every request is served to its end"),
+        ("--no-ignore-eos", not options.exact, "the simulated engine always writes the trace's lengths"),
+        ("--no-record-steps", not options.record_steps, "the steps are what is simulated, and always written"),
+        ("--with-cpu", options.with_cpu, "no CPU is simulated"),
+        ("--allow-busy", options.allow_busy, "nobody else uses simulated GPUs"),
+        ("--idle 0s", options.idle_ns == 0, "idle power costs no time there; leave it out"),
     ):
         if given:
-            raise ReplayError(f"{name} with --virtual: there are no clients, no servers and no CPUs in virtual time")
+            raise ReplayError(f"{name} with --virtual: {why}")
 
 
 def _check_for_engine(options: RunOptions, engine: str, *, known_gpus: bool) -> None:
@@ -215,6 +226,26 @@ def _check_for_url(options: RunOptions, *, known_gpus: bool) -> None:
         raise ReplayError("--replicas with a URL: replay launches replicas itself, with --engine vllm or sim")
     if options.power.startswith("csv:") and not known_gpus:
         raise ReplayError(f"--power {options.power} needs --gpus: which of the meter's channels are the server's?")
+
+
+def prioritized(trace: pl.DataFrame) -> bool:
+    """Whether `trace` has a priority that is not 0, the server's own default."""
+    return "priority" in trace.columns and bool((trace["priority"] != 0).any())
+
+
+def check_by_priority(engine: str, options: RunOptions) -> None:
+    """Raise `ReplayError` when a trace with priorities would go to a launched server that refuses them.
+
+    vLLM answers a request with a priority by an error unless it schedules by priority.
+    """
+    words = " ".join(options.vllm_args).replace("_", "-").replace("=", " ").split()
+    pairs = list(itertools.pairwise(words))
+    # What a file (--config) says is not known here, nor how somebody else's server was started.
+    if engine != "url" and ("--scheduling-policy", "priority") not in pairs and "--config" not in words:
+        raise ReplayError(
+            f"{options.trace}: has priorities, which the server refuses unless it schedules by them: add "
+            "--vllm-arg=--scheduling-policy=priority, or drop the column 'priority'"
+        )
 
 
 def _slice(trace: pl.DataFrame, options: RunOptions) -> pl.DataFrame:

@@ -189,6 +189,8 @@ def check_settings(plan: Plan, prepared: Prepared, gpus: Gpus, progress: Progres
             progress.say(
                 f"--freq {options.freq_mhz}: not a clock of this GPU; locking the nearest, {prepared.locked_mhz} MHz"
             )
+        if plan.profile is not None and prepared.locked_mhz > (held_mhz := plan.profile.time.sustained_mhz):
+            progress.say(f"--freq {options.freq_mhz}: under load this GPU holds {held_mhz:.0f} MHz at most")
     if options.power_cap_w is not None:
         check_power_cap(gpus, plan.gpus, options.power_cap_w)
     for entry in instances:

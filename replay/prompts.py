@@ -31,10 +31,11 @@ def _draw(salt: int, kind: int, key: int, count: int) -> "np.ndarray[tuple[int],
     return rng.integers(FIRST_ID, LAST_ID + 1, size=count)
 
 
-def completion_body(model: str, ids: list[int], output_tokens: int, *, exact: bool = True) -> bytes:
+def completion_body(model: str, ids: list[int], output_tokens: int, *, exact: bool = True, priority: int = 0) -> bytes:
     """The JSON body of a streamed `/v1/completions` request for exactly `output_tokens`.
 
-    `exact` adds vLLM's `ignore_eos` and `min_tokens`, which other servers may refuse.
+    `exact` adds vLLM's `ignore_eos` and `min_tokens`, which other servers may refuse. A `priority` of 0 is the server's
+    own default and left out: another one vLLM refuses unless it schedules by priority.
     """
     body: dict[str, object] = {
         "model": model,
@@ -50,4 +51,6 @@ def completion_body(model: str, ids: list[int], output_tokens: int, *, exact: bo
             "min_tokens": output_tokens,
             "stream_options": {"include_usage": True, "continuous_usage_stats": True},
         }
+    if priority:
+        body["priority"] = priority
     return msgspec.json.encode(body)

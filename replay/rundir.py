@@ -7,7 +7,8 @@ A reader sees the same rows either way. Only this module is seen by `analysis`.
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from tracegen.schema import TRACE, TRACE_OPTIONAL, write_parquet
 SCHEMA_VERSION = "1.0"
 MANIFEST = "manifest.json"
 _PARTS = "*-*.parquet"  # one that is still being written ends otherwise
+_BATCH_ROWS = 1 << 18
 
 REQUESTS = pl.Schema(
     {
@@ -212,12 +214,34 @@ def scan_table(run_dir: Path, table: str, columns: Sequence[str] | None = None) 
 
 def _read_part(path: Path, table: str, columns: Sequence[str] | None) -> pl.DataFrame:
     """The checked rows of one file of `table`. Raises `RunError` when it is damaged or of another shape."""
-    try:
-        # By pyarrow, which reports a damaged file where polars panics.
+    with _reading(path, table):
         arrow = pq.ParquetFile(path, page_checksum_verification=True).read(columns)
-        arrow.validate(full=True)
-        frame = pl.DataFrame(dict(zip(arrow.column_names, arrow.columns, strict=True)))
-        return check_table(frame.lazy(), table, path, columns).collect()
+        return _checked(arrow, table, path, columns)
+
+
+def table_batches(run_dir: Path, table: str, columns: Sequence[str]) -> Iterator[pl.DataFrame]:
+    """`scan_table`, but some rows at a time: never is the whole table in memory. Raises `RunError` as it does."""
+    path = run_dir / f"{table}.parquet"
+    if not has_table(run_dir, table):
+        raise RunError(f"{run_dir}: has no table {table}.parquet")
+    for part in sorted(path.glob(_PARTS)) if path.is_dir() else [path]:
+        with _reading(part, table), pq.ParquetFile(part, page_checksum_verification=True) as file:
+            for rows in file.iter_batches(_BATCH_ROWS, columns=columns):
+                yield _checked(pa.Table.from_batches([rows]), table, part, columns)
+
+
+def _checked(arrow: pa.Table, table: str, path: Path, columns: Sequence[str] | None) -> pl.DataFrame:
+    """`arrow` as a frame of the right shape."""
+    arrow.validate(full=True)
+    frame = pl.DataFrame(dict(zip(arrow.column_names, arrow.columns, strict=True)))
+    return check_table(frame.lazy(), table, path, columns).collect()
+
+
+@contextmanager
+def _reading(path: Path, table: str) -> Iterator[None]:
+    """Turn what a damaged file raises into one `RunError`; pyarrow reports one where polars panics."""
+    try:
+        yield
     except (pa.ArrowException, pl.exceptions.PolarsError, OSError, ValueError) as error:
         why = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise RunError(f"{path}: not readable as a {table} table ({why})") from None
@@ -320,3 +344,7 @@ class Run:
     def scan(self, table: str, columns: Sequence[str] | None = None) -> pl.LazyFrame:
         """The rows of `table` (or its `columns` alone), checked. Raises `RunError` when it is missing or wrong."""
         return scan_table(self.path, table, columns)
+
+    def batches(self, table: str, columns: Sequence[str]) -> Iterator[pl.DataFrame]:
+        """The rows of `table`, of `columns` alone, some at a time. Raises `RunError` as `scan` does."""
+        return table_batches(self.path, table, columns)

@@ -283,7 +283,8 @@ async def _send_all(
         ids = prompt_ids(
             salt, row["request_id"], row["input_tokens"], row.get("prefix_hashes") or (), plan.block_tokens
         )
-        return completion_body(served[0].model, ids, row["output_tokens"], exact=options.exact)
+        priority = row.get("priority") or 0
+        return completion_body(served[0].model, ids, row["output_tokens"], exact=options.exact, priority=priority)
 
     async def send(i: int, body: bytes) -> None:
         row = rows[i]

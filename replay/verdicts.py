@@ -147,8 +147,10 @@ def saturation(sent: int, at_ns: FloatArray, waiting: IntArray) -> Verdict:
     return Verdict("saturated", not full, growth, BACKLOG_GROWTH_BOUND, f"{'' if full else 'not '}saturated: {why}")
 
 
-def clocks_held(power: pl.DataFrame | None, gpus: Sequence[int], locked_mhz: int | None) -> Verdict:
-    """Whether the SM clocks stayed where they were locked."""
+def clocks_held(
+    power: pl.DataFrame | None, gpus: Sequence[int], locked_mhz: int | None, held_mhz: float | None = None
+) -> Verdict:
+    """Whether the SM clocks stayed where they were locked; `held_mhz`: the highest held under load, where known."""
     if locked_mhz is None:
         return Verdict("clocks_held", None, None, None, "clocks were not locked (no --freq)")
     readings = None if power is None else power.filter(pl.col("gpu").is_in(gpus) & pl.col("sm_clock_mhz").is_not_null())
@@ -158,13 +160,15 @@ def clocks_held(power: pl.DataFrame | None, gpus: Sequence[int], locked_mhz: int
     reasons = 0
     for value in readings["throttle_reasons"].drop_nulls().unique():
         reasons |= value
-    return clocks(locked_mhz, int(off.sum()), off.len(), reasons)
+    return clocks(locked_mhz, int(off.sum()), off.len(), reasons, held_mhz)
 
 
-def clocks(locked_mhz: int, off: int, readings: int, reasons: int) -> Verdict:
+def clocks(locked_mhz: int, off: int, readings: int, reasons: int, held_mhz: float | None = None) -> Verdict:
     """`clocks_held` from the count of readings and of those that were off; `reasons`: NVML's bits in any of them."""
     share = 1 - off / readings
     named = throttle_reasons(reasons)
+    if held_mhz is not None and held_mhz < locked_mhz:
+        named.append(f"under load this GPU holds {held_mhz:.0f} MHz at most")
     why = f"{share:.1%} of readings within {CLOCK_TOLERANCE_MHZ} MHz of {locked_mhz} MHz"
     return Verdict("clocks_held", share >= CLOCK_BOUND, share, CLOCK_BOUND, why + "".join(f"; {n}" for n in named))
 

@@ -5,7 +5,7 @@ Both directions check the same rules; an error names the file, the row (counted 
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ TRACE_OPTIONAL = pl.Schema(
         "model": pl.String(),
         "label": pl.String(),  # the mix or source that a request came from
         "prefix_hashes": pl.List(pl.UInt64()),  # one per block of `block_tokens` (file metadata)
+        "priority": pl.Int32(),  # lower goes first, where the server schedules by priority; null: 0
     }
 )
 
@@ -127,14 +128,14 @@ def read_trace(path: str | Path) -> pl.DataFrame:
     version = str(metadata.get("schema_version", SCHEMA_VERSION))
     if version.partition(".")[0] != SCHEMA_VERSION.partition(".")[0]:
         raise TraceError(f"{path}: schema_version {version}, and this program reads {SCHEMA_VERSION}; update wattrace")
-    _check_blocks(frame, metadata, path)
+    check_blocks(frame.columns, metadata, path)
     return check_trace(frame, str(path))
 
 
-def _check_blocks(frame: pl.DataFrame, metadata: Mapping[str, Any], path: str | Path) -> None:
-    """Raise `TraceError` where `frame` has prefix hashes but `metadata` does not say how many tokens a block has."""
+def check_blocks(columns: Sequence[str], metadata: Mapping[str, Any], path: str | Path) -> None:
+    """Raise `TraceError` where `columns` name prefix hashes, but `metadata` do not say how many tokens a block has."""
     block_tokens = metadata.get("block_tokens")
-    if "prefix_hashes" in frame.columns and not (type(block_tokens) is int and block_tokens > 0):
+    if "prefix_hashes" in columns and not (type(block_tokens) is int and block_tokens > 0):
         raise TraceError(
             f"{path}: has prefix_hashes, but block_tokens in its file metadata is {block_tokens}; "
             "write there how many tokens a block has"
@@ -193,7 +194,7 @@ def write_trace(frame: pl.DataFrame, path: str | Path, metadata: Mapping[str, An
     Raises `TraceError` when `frame` breaks a rule or `path` cannot be written.
     """
     path = Path(path)
-    _check_blocks(frame, metadata, path)
+    check_blocks(frame.columns, metadata, path)
     table = check_trace(frame, str(path)).rechunk().to_arrow(compat_level=pl.CompatLevel.oldest())
     try:
         write_parquet(table.replace_schema_metadata(file_metadata(metadata)), path)

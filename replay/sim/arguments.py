@@ -49,7 +49,13 @@ def with_arguments(profile: Profile, arguments: Sequence[str]) -> Profile:
         if utilization > 1:
             raise ReplayError(f"--vllm-arg --gpu-memory-utilization {utilization}: is a share, at most 1")
         found["memory"] = replace(profile.memory, utilization=utilization)
-    return replace(profile, **found)
+    served = replace(profile, **found)
+    if utilization is not None and not served.kv_tokens(profile.gpus_per_node):
+        raise ReplayError(
+            f"--vllm-arg --gpu-memory-utilization {utilization}: {profile.name} holds no KV cache at this utilization, "
+            "on any number of its GPUs; give more"
+        )
+    return served
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:

@@ -106,8 +106,10 @@ def calibrate(
     """Fit `profile` to `data` without what is held out, and simulate everything with the outcome.
 
     `leave_clocks_out` also fits once without each clock but the highest, to see how a clock is met that was not
-    measured.
+    measured. Raises `ReplayError` when that is asked of runs.
     """
+    if leave_clocks_out and data.points is None:
+        raise ReplayError("--leave-clocks-out: done for a CSV file of points only; leave out runs at a clock instead")
     fitted = None
     if refit:
         evidence = _evidence(profile, data, holdout, seed)
@@ -115,7 +117,7 @@ def calibrate(
     best = fitted.profile if fitted else profile
     simulated = None if data.points is None else simulate_points(best, data.points, data.load)
     left_out = {}
-    if leave_clocks_out and data.points is not None:
+    if leave_clocks_out and data.points is not None:  # which the first lines made sure of
         for mhz in sorted(set(data.points["sm_clock_mhz"]))[:-1]:
             left_out[mhz] = _without(profile, data, mhz, progress)
     return Calibration(profile, fitted, data, holdout, seed, simulated, left_out)
@@ -155,7 +157,7 @@ def run_spreads(calibration: Calibration) -> list[dict[str, Any]]:
 
 
 def provenance(calibration: Calibration) -> dict[str, Any]:
-    """What `[calibration]` of a hardware file says: fitted to what, when, and what is left on held-out data."""
+    """What `[calibration]` of a hardware file says: fitted to what and when, `simulated` if any run of it was."""
     data = calibration.data
     document: dict[str, Any] = {
         "models": [calibration.profile.model_name],
@@ -169,6 +171,8 @@ def provenance(calibration: Calibration) -> dict[str, Any]:
         document["points"] = data.points.height
         document["held_out_points"] = int(data.points["held_out"].sum())
     else:
+        if any(run.simulated for run in data.runs):
+            document["simulated"] = True
         document["steps"] = sum(int(run.use_steps.sum()) for run in data.runs)
         document["windows"] = sum(int(run.use_windows.sum()) for run in data.runs)
     return document

@@ -6,6 +6,7 @@ from typing import Any
 import polars as pl
 
 from replay.sim.calibrate import Calibration, provenance, run_spreads
+from replay.sim.fit import UNTOLD
 from replay.sim.hardware import Hardware
 from replay.sim.node_file import node_text
 from replay.sim.points import SCHEMA, simulate_points
@@ -45,6 +46,7 @@ def summary(calibration: Calibration) -> dict[str, Any]:
         document["clocks_left_out"] = {
             str(mhz): spreads(add_ratios(left).filter(pl.col("sm_clock_mhz") == mhz))[0]
             for mhz, left in calibration.left_out.items()
+            if add_ratios(left).filter(pl.col("sm_clock_mhz") == mhz).height
         }
     return document
 
@@ -68,13 +70,10 @@ def _constants(calibration: Calibration) -> list[dict[str, Any]]:
             "constant": constant.name,
             "before": constant.of(calibration.before),
             "after": constant.of(calibration.profile),
-            "standard_error_rel": error if error < _UNTOLD else None,
+            "standard_error_rel": error if error < UNTOLD else None,
         }
         for constant, error in pairs
     ]
-
-
-_UNTOLD = 1.0  # a standard error as large as the constant
 
 
 def _step_rows(calibration: Calibration) -> list[dict[str, Any]]:
@@ -127,8 +126,8 @@ def hardware_file(calibration: Calibration) -> str:
     for row in document["constants"]:
         section, key = row["constant"].split(".")
         error = row["standard_error_rel"]
-        told = "not told by the data" if error is None else f"standard error {error:.1%}"
-        remarks[section, key] = f"[fitted] {told}"
+        as_before = f"as in {profile.hardware}: not told by the data"
+        remarks[section, key] = as_before if error is None else f"[fitted] standard error {error:.1%}"
     held_out = document.get("ratios", {}).get("held_out")
     left: dict[str, float] = {}
     for name in ("power", "ttft"):
@@ -142,6 +141,7 @@ def hardware_file(calibration: Calibration) -> str:
     heading = (
         f"{profile.gpu_name}, calibrated by `replay sim calibrate`, starting from {profile.hardware}.\n"
         "[fitted]: fitted to what [calibration] names; everything else is as it was there."
+        + ("\nThat was simulated: nothing here was measured." if document["calibration"].get("simulated") else "")
     )
     return node_text(fitted, document["calibration"] | left, remarks, heading)
 
@@ -162,6 +162,8 @@ def print_calibration(calibration: Calibration) -> None:
             ],
         )  # fmt: skip
         say()
+    if document["calibration"].get("simulated"):
+        say("SIMULATED: what was compared with are runs of a simulated engine, no measurements\n")
     if "runs" in document:
         _print_runs(document)
     else:
@@ -239,6 +241,9 @@ def _print_points(document: dict[str, Any]) -> None:
 
 def _print_spreads(title: str, groups: list[tuple[dict[str, Any], dict[str, Any]]]) -> None:
     say(title)
+    if not groups:
+        say("  none: no point below saturation has one at the highest clock of the same TP, bucket and rate\n")
+        return
     columns = ("points", "power measured", "simulated", "error", "p95", "TTFT measured", "simulated", "error", "p95")
     rows = []
     for keys, row in groups:

@@ -68,7 +68,7 @@ def calibrate(
     hardware: Annotated[str, typer.Option(help="Constants to start from: a node, or a TOML file.")] = "dgx-h100",
     model: Annotated[str, typer.Option(help="Model that was served, or a folder with config.json.")] = "llama-2-70b",
     out: Annotated[
-        Path | None, typer.Option("-o", "--out", help="Write the constants to this TOML file.", show_default=False)
+        Path | None, typer.Option("-o", "--out", help="Write the constants to this new TOML file.", show_default=False)
     ] = None,
     holdout: Annotated[
         float, typer.Option(help="Share of the data that the fit must not see.", min=0.0, max=0.8)
@@ -114,18 +114,24 @@ def calibrate(
     from replay.sim.calibrate import calibrate as fit_constants
     from replay.sim.calibrate import read_data
     from replay.sim.calibration_report import hardware_file, plain, print_calibration, summary
-    from replay.sim.node_file import write_node
+    from replay.sim.node_file import check_new, write_node
     from replay.sim.points import Load
     from replay.sim.profile import load_profile
 
-    if out is not None and out.suffix != ".toml":
-        raise ReplayError(f"-o {out}: name a .toml file")
+    if out is not None:
+        check_new(out)
+        if not fit:
+            raise ReplayError("-o with --no-fit: nothing is fitted that could be written; leave one of them out")
     load = Load(
         _three(input_tokens, "--input-tokens"), _three(output_tokens, "--output-tokens"), max_model_len, arrivals_s,
         arrivals_seed,
     )  # fmt: skip
     profile = load_profile(hardware, model)
     data = read_data(points, profile, load, holdout=holdout, seed=seed)
+    if plots is not None:
+        from replay.sim.residual_plots import check_drawable, draw
+
+        check_drawable(data, plots)
 
     def progress(what: str, number: int, cost: float) -> None:
         note(f"fitting, {what}: round {number}, cost {cost:.1f}")
@@ -141,8 +147,6 @@ def calibrate(
         write_node(out, hardware_file(found))
         note(f"constants written to {out}; use them with --hardware {out}")
     if plots is not None:
-        from replay.sim.residual_plots import draw
-
         for path in draw(found, plots):
             note(f"drawn: {path}")
 

@@ -27,6 +27,7 @@ _NEAR = 0.15  # of the logarithms, in one round
 _PATIENCE = 2  # rounds without a better one, and the search ends
 _STILL = 1e-3  # a round that moves no constant by more is the last
 _INSIDE = 1e-9  # the search starts this far from its bounds
+UNTOLD = 1.0  # a standard error as large as the constant: the evidence does not tell it
 
 _Residuals = Callable[[FloatArray], FloatArray]
 
@@ -62,7 +63,7 @@ class Fitted(NamedTuple):
 
     profile: Profile
     constants: tuple[Constant, ...]
-    error_rel: tuple[float, ...]  # standard errors, relative; how well the evidence alone tells each constant
+    error_rel: tuple[float, ...]  # standard errors, relative; from `UNTOLD` on the constant is where it started
     cost: float  # half the sum of squared, softened residuals
 
 
@@ -95,29 +96,81 @@ def fit(
 ) -> Fitted:
     """Move `constants` of `profile` to where `evidence` is met best.
 
+    What the evidence does not tell (see `_told`) goes back to where it started, and the others are fitted once more
+    without it. `progress` is told each round's cost.
+    """
+    errors = dict.fromkeys(constants, np.inf)
+    told, best = tuple(constants), profile
+    while told:
+        found = _search(profile, evidence, told, best, progress, rounds)
+        best, fitted = found.profile, told
+        now = _told(fitted, found)
+        errors |= now
+        told = tuple(constant for constant in fitted if now[constant] < UNTOLD)
+        if told == fitted:
+            return Fitted(best, tuple(constants), tuple(errors.values()), found.cost)
+    residuals = _composed([item.residuals for item in evidence], lambda _moved: profile)(np.zeros(0))
+    return Fitted(profile, tuple(constants), tuple(errors.values()), float(residuals @ residuals) / 2)
+
+
+class _Found(NamedTuple):
+    """Where a search ended: softened residuals there, and their derivatives by the constants' logarithms."""
+
+    profile: Profile
+    cost: float
+    residuals: FloatArray
+    jacobian: FloatArray
+
+
+def _told(constants: Sequence[Constant], found: _Found) -> dict[Constant, float]:
+    """The standard error of each constant; of those from `UNTOLD` on, when the worse ones are known already.
+
+    The worst told is taken out first, one after the other: of two that show only together, one is told by the other.
+    """
+    errors: dict[Constant, float] = {}
+    places = [*range(len(constants))]
+    while places:
+        now = _errors(found.jacobian[:, places], found.residuals)
+        worst = int(np.argmax(now))
+        if now[worst] < UNTOLD:
+            return errors | {constants[place]: error for place, error in zip(places, now, strict=True)}
+        errors[constants[places.pop(worst)]] = now[worst]
+    return errors
+
+
+def _search(
+    profile: Profile,
+    evidence: Sequence[Evidence],
+    constants: Sequence[Constant],
+    begin: Profile,
+    progress: Callable[[int, float], None],
+    rounds: int,
+) -> _Found:
+    """The constants, held by those of `profile`, that meet `evidence` best, searched for from those of `begin` on.
+
     In each round the smooth stand-ins of the evidence near the constants of the round before are fitted; of all rounds
-    the one counts that meets the evidence itself best. `progress` is told each round's cost.
+    the one counts that meets the evidence itself best.
     """
     start = np.log([constant.of(profile) for constant in constants])
     low, high = np.full(start.size, -np.log(_REACH)), np.full(start.size, np.log(_REACH))
     for i, constant in enumerate(constants):
         if constant.key in _BOUNDS:
             low[i], high[i] = np.log(_BOUNDS[constant.key]) - start[i]
-    moved = np.clip(np.zeros(start.size), low + _INSIDE, high - _INSIDE)
+    ahead = np.log([constant.of(begin) for constant in constants]) - start
+    moved = np.clip(ahead, low + _INSIDE, high - _INSIDE)
 
     def at(moved: FloatArray) -> Profile:
         return with_constants(profile, constants, np.exp(start + moved))
 
     whole = _composed([item.residuals for item in evidence], at)
-    best_cost, best, errors, best_round = np.inf, moved, (np.inf,) * start.size, 0
+    best, best_round = _Found(profile, np.inf, np.zeros(0), np.zeros((0, start.size))), 0
     for number in range(rounds + 1):
         found = whole(moved)
         cost = float(found @ found + (moved / _HELD) @ (moved / _HELD)) / 2
         smooth = _composed([item.near(at(moved)) for item in evidence], at)
-        if cost < best_cost:
-            best_cost, best, best_round = cost, moved, number
-            errors = _errors(_slopes(smooth, moved, low, high), found)
-        progress(number, best_cost)
+        if cost < best.cost:
+            best, best_round = _Found(at(moved), cost, found, _slopes(smooth, moved, low, high)), number
+        progress(number, best.cost)
         if number == rounds or number - best_round == _PATIENCE:
             break
         # Batches change where constants do: stay near.
@@ -125,7 +178,7 @@ def fit(
         before, moved = moved, _fit_near(smooth, moved, near_low, near_high)
         if np.abs(moved - before).max() < _STILL:
             break
-    return Fitted(at(best), tuple(constants), errors, best_cost)
+    return best
 
 
 def _fit_near(residuals: _Residuals, start: FloatArray, low: FloatArray, high: FloatArray) -> FloatArray:
@@ -178,7 +231,7 @@ def _errors(jacobian: FloatArray, residuals: FloatArray) -> tuple[float, ...]:
     freedom = max(1, residuals.size - jacobian.shape[1])
     variance = float(residuals @ residuals) / freedom
     values, vectors = np.linalg.eigh(jacobian.T @ jacobian)
-    floor = 1e-12 * max(float(values.max()), 1e-300)
+    floor = max(1e-12 * float(values.max()), 1e-300)  # whose inverse is still a number
     inverse = np.where(values > floor, 1.0 / np.maximum(values, floor), np.inf)
     with np.errstate(invalid="ignore"):
         parts = np.where(vectors**2 > 1e-12, vectors**2 * inverse, 0.0)

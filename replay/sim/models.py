@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from replay.engines.model_size import parameters
@@ -84,6 +84,11 @@ def load_model(asked: str) -> Model:
 def shipped_twin(shape: ModelShape) -> str | None:
     """The shipped model of this shape, if there is one."""
     return next((name for name in model_names() if load_model(name).shape == shape), None)
+
+
+def is_model(served: str, name: str) -> bool:
+    """Whether a server's name for its model is the model `name`: both are one name, alias or folder's name."""
+    return _plain(served) == _plain(name)
 
 
 def model_of_config(config: Mapping[str, Any], name: str, where: str) -> Model:
@@ -194,6 +199,14 @@ def _read_config(path: Path) -> Mapping[str, Any]:
     if not isinstance(config, dict):
         raise ReplayError(f"{path}: not a JSON object; --model needs a Hugging Face config.json")
     return config
+
+
+def _plain(name: str) -> str:
+    """A model's name without owner, folders and capitals; the shipped name where it is an alias."""
+    path = PurePosixPath(name.lower())
+    last = path.parent.name if path.name == "config.json" else path.name
+    own_names = {PurePosixPath(alias).name: shipped for alias, shipped in _shipped_as().items()}
+    return own_names.get(last, last)
 
 
 @cache

@@ -36,8 +36,19 @@ def node_text(node: Node, calibration: Mapping[str, Any], remarks: Mapping[tuple
     return "\n".join(lines) + "\n"
 
 
+def check_new(path: Path) -> None:
+    """Raise `ReplayError` unless `path` can become a hardware file: a .toml that is not there yet, in a folder."""
+    if path.suffix != ".toml":
+        raise ReplayError(f"-o {path}: name a .toml file")
+    if path.exists():
+        raise ReplayError(f"-o {path}: exists already; a hardware file is never overwritten, give another -o")
+    if not path.parent.is_dir():
+        raise ReplayError(f"-o {path}: there is no folder {path.parent}")
+
+
 def write_node(path: Path, text: str) -> None:
-    """Write `text` to `path`, whole or not at all. Raises `ReplayError` when that cannot be."""
+    """Write `text` to `path`, whole or not at all. Raises `ReplayError` when that cannot be, or `path` is there."""
+    check_new(path)
     beside = path.with_name(f".{path.name}.new")
     try:
         beside.write_text(text, encoding="utf-8")

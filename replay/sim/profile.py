@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from replay.sim.models import DEFAULT_MODEL, ModelShape, load_model, model_names, shipped_twin
+from replay.sim.node_values import check_values
 from tracegen.errors import ReplayError
 
 DEFAULT_HARDWARE = "dgx-h100"
@@ -85,6 +86,11 @@ class PowerModel:
     voltage_mhz: float  # the middle of that ramp
     voltage_width_mhz: float
 
+    @property
+    def caps_w(self) -> tuple[float, float]:
+        """The lowest and the highest power cap of a GPU: above what it draws in a step without work, and its own."""
+        return float(math.ceil(self.idle_unloaded_w + self.idle_loaded_w + self.awake_w)), float(self.cap_w)
+
 
 @dataclass(frozen=True)
 class SensorModel:
@@ -129,6 +135,7 @@ class Node:
     thermal: ThermalModel = ThermalModel()
     assumed: tuple[str, ...] = ()  # what is carried over from other hardware, in words
     calibrated_on: tuple[str, ...] = ()  # the models whose measurements the constants were fitted to
+    simulated: bool = False  # whether those were no measurements but simulated runs
 
 
 @dataclass(frozen=True)
@@ -163,9 +170,8 @@ class Profile:
 
     @property
     def power_caps_w(self) -> tuple[float, float]:
-        """The lowest and the highest power cap of a GPU: above what it draws in a step without work, and its own."""
-        power = self.power
-        return float(math.ceil(power.idle_unloaded_w + power.idle_loaded_w + power.awake_w)), float(power.cap_w)
+        """The lowest and the highest power cap of a GPU; see `PowerModel.caps_w`."""
+        return self.power.caps_w
 
     def kv_tokens(self, tp: int) -> int:
         """Tokens that fit in the memory that weights leave on `tp` GPUs, in whole blocks."""
@@ -196,16 +202,19 @@ def load_profile(hardware: str = DEFAULT_HARDWARE, model: str = DEFAULT_MODEL) -
     """
     node, served = load_node(hardware), load_model(model)
     hardware = hardware.lower() if hardware.lower() in hardware_names() else hardware
-    calibrated = not {served.name, shipped_twin(served.shape)}.isdisjoint(node.calibrated_on)
+    fits = not {served.name, shipped_twin(served.shape)}.isdisjoint(node.calibrated_on)
+    calibrated = fits and not node.simulated
     assumed = [*node.assumed, *served.assumed]
-    if not calibrated and node.calibrated_on:
+    if node.simulated:
+        assumed.insert(0, f"uncalibrated: the constants of {hardware} were fitted to simulated runs")
+    if not fits and node.calibrated_on:
         fitted = ", ".join(node.calibrated_on)
         assumed.insert(
             0,
             f"uncalibrated: constants fitted to {fitted} on {hardware}, the CPU's part of each step included, are "
             f"carried over to {served.name}",
         )
-    elif not calibrated:
+    elif not fits:
         assumed.insert(0, f"uncalibrated: {hardware} was not calibrated as a whole")
     return Profile(
         hardware=hardware,
@@ -250,13 +259,18 @@ def load_node(hardware: str) -> Node:
 def parse_node(document: Mapping[str, Any]) -> Node:
     """The node that a hardware file's parsed `document` describes.
 
-    `[calibration]` names in `models` what the constants were fitted to and may say anything else besides. Raises
-    `ReplayError` that names the key for one that is unknown, missing, of the wrong type or without sense.
+    `[calibration]` names in `models` what the constants were fitted to, in `simulated` whether those runs were
+    simulated, and may say anything else besides. Raises `ReplayError` that names the key for one that is unknown,
+    missing, of the wrong type or without sense.
     """
-    flat = {**document, "calibrated_on": (document.get("calibration") or {}).get("models", [])}
+    calibration = document.get("calibration", {"models": []})
+    _check_keys("[calibration]", calibration, None, required=("models",))
+    simulated = calibration.get("simulated", False)
+    if not isinstance(simulated, bool):
+        raise ReplayError(f"[calibration] simulated = {simulated!r}: must be true or false")
+    flat = {**document, "calibrated_on": calibration["models"], "simulated": simulated}
     flat.pop("calibration", None)
     _check_keys("the file", flat, Node)
-    _check_keys("[calibration]", document.get("calibration", {"models": []}), None, required=("models",))
     for section in _sections():
         if section.name in flat:
             _check_keys(f"[{section.name}]", flat[section.name], section.type)
@@ -266,7 +280,7 @@ def parse_node(document: Mapping[str, Any]) -> Node:
         node = msgspec.convert(flat, Node)
     except msgspec.ValidationError as error:
         raise ReplayError(str(error).replace("`$.", "`")) from None
-    _check_values(node)
+    check_values(node)
     return node
 
 
@@ -322,34 +336,6 @@ def _check_keys(where: str, table: Any, kind: Any, *, required: tuple[str, ...] 
 def _needed(field: Any) -> bool:
     """Whether a dataclass field has no default."""
     return field.default is MISSING and field.default_factory is MISSING
-
-
-def _check_values(node: Node) -> None:
-    """Raise `ReplayError` for numbers that make no sense."""
-    low, high, step = node.clocks_mhz
-    if step < 1 or low < 1 or high < low or (high - low) % step:
-        raise ReplayError(f"clocks_mhz {low}-{high} in steps of {step}: not a range of clocks")
-    if node.gpus_per_node < 1:
-        raise ReplayError(f"gpus_per_node {node.gpus_per_node}: must be at least 1")
-    for section in ("engine", "memory", "time", "power", "sensor"):
-        for key, value in asdict(getattr(node, section)).items():
-            if isinstance(value, int | float) and not (math.isfinite(value) and value >= 0):
-                raise ReplayError(f"[{section}] {key} = {value}: must be a finite number, 0 or above")
-    positive = {
-        "engine": ("max_num_seqs", "max_num_batched_tokens", "block_tokens"),
-        "memory": ("gpu_bytes", "utilization"),
-        "time": tuple(field.name for field in fields(TimeModel) if "sync" not in field.name),
-        "power": ("cap_w",),
-        "sensor": ("period_ns", "window_ns", "average_window_ns"),
-        "thermal": ("time_constant_s",),
-    }
-    for section, keys in positive.items():
-        for key in keys:
-            if key not in {"launch_s", "sequence_s"} and getattr(getattr(node, section), key) <= 0:
-                raise ReplayError(f"[{section}] {key}: must be above 0")
-    phases_ns, period_ns = node.sensor.phases_ns, node.sensor.period_ns
-    if len(phases_ns) != node.gpus_per_node or not all(0 <= phase < period_ns for phase in phases_ns):
-        raise ReplayError(f"[sensor] phases_ns: give {node.gpus_per_node} times within period_ns, one for each GPU")
 
 
 def _folder() -> Any:

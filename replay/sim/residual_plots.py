@@ -8,7 +8,7 @@ from typing import Any
 import altair as alt
 import polars as pl
 
-from replay.sim.calibrate import Calibration
+from replay.sim.calibrate import Calibration, Data
 from replay.sim.calibration_report import summary
 from replay.sim.residuals import add_ratios
 from tracegen.errors import ReplayError
@@ -30,10 +30,18 @@ _AXIS = {
 }
 
 
+def check_drawable(data: Data, folder: Path) -> None:
+    """Raise `ReplayError` for runs, which have no points to draw, and for a `folder` that is a file."""
+    if data.points is None:
+        raise ReplayError("--plots: drawn for a CSV file of points only; runs have tables")
+    if folder.exists() and not folder.is_dir():
+        raise ReplayError(f"--plots {folder}: is a file; name a folder")
+
+
 def draw(calibration: Calibration, folder: Path) -> list[Path]:
-    """Write the figures into `folder`; their paths. Runs have no points to draw. Raises `ReplayError` if it cannot."""
-    if calibration.points is None:
-        raise ReplayError("--plots: drawn for points only; runs have tables")
+    """Write the figures into `folder`; their paths. Raises `ReplayError` as `check_drawable`."""
+    check_drawable(calibration.data, folder)
+    assert calibration.points is not None  # data with points are simulated
     ratios = add_ratios(calibration.points).with_columns(
         part=pl.when("held_out").then(pl.lit("held out")).otherwise(pl.lit("fitted"))
     )

@@ -4,7 +4,7 @@ No simulation is needed: what every step did is on record, so its duration and p
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +14,9 @@ import polars as pl
 from scipy.sparse import csr_array
 
 from replay.rundir import Run, has_table, scan_table
+from replay.sim.arguments import capped
 from replay.sim.hardware import Hardware, Work
+from replay.sim.models import is_model
 from replay.sim.physics import FloatArray
 from replay.sim.profile import Profile
 from tracegen.errors import ReplayError
@@ -24,6 +26,7 @@ _STEP, _WINDOW = 0.05, 0.04  # what a good fit is expected to leave of a step's 
 _MOST_STEPS, _MOST_WINDOWS = 20_000, 20_000  # of one instance; more are thinned out evenly
 _BLOCK_NS = 2_000_000_000  # held out together: neighbouring steps and windows are alike
 _LEAST_STEPS = 20
+_SIMULATED = "Simulated "  # how the names of simulated GPUs begin
 
 
 class Windows(NamedTuple):
@@ -45,6 +48,8 @@ class RunEvidence:
     name: str
     tp: int
     clock_mhz: float  # the lock
+    cap_w: float | None  # of each GPU, where the run set one
+    simulated: bool
     work: Work[FloatArray]  # of each step
     start_ns: IntArray
     end_ns: IntArray
@@ -55,6 +60,8 @@ class RunEvidence:
 
     def errors(self, profile: Profile) -> tuple[FloatArray, FloatArray]:
         """Simulated over measured - 1 of the durations of the steps, and of the power of the windows, in use."""
+        if self.cap_w is not None:
+            profile = replace(profile, power=replace(profile.power, cap_w=self.cap_w))
         hardware = Hardware(profile, self.tp)
         duration_s, gpu_w = (
             hardware.step_s(self.work, self.clock_mhz),
@@ -91,16 +98,18 @@ class RunEvidence:
             block = np.clip((times_ns - first) // _BLOCK_NS, 0, blocks - 1)
             return np.asarray(out[block] == held_out)
 
-        return RunEvidence(
-            self.name, self.tp, self.clock_mhz, self.work, self.start_ns, self.end_ns, self.windows, self.overlap,
-            self.use_steps & of(self.start_ns), self.use_windows & of(self.windows.start_ns),
-        )  # fmt: skip
+        return replace(
+            self,
+            use_steps=self.use_steps & of(self.start_ns),
+            use_windows=self.use_windows & of(self.windows.start_ns),
+        )
 
 
 def read_run(path: Path, profile: Profile) -> list[RunEvidence]:
     """The instances of the run directory `path` as evidence for `profile`.
 
-    Raises `ReplayError` when the run has no steps, names no clock or TP size, or was made on other hardware.
+    Raises `ReplayError` when the run has no steps, names no clock or TP size, was made on other hardware or served
+    another model. A run with a power cap is held against `profile` with that cap.
     """
     run = Run.open(path)
     if not has_table(path, "steps"):
@@ -122,14 +131,60 @@ def read_run(path: Path, profile: Profile) -> list[RunEvidence]:
             raise ReplayError(f"--points {path}: {name} has {own.height} steps; {_LEAST_STEPS} are needed")
         if tp not in profile.tp_sizes():
             raise ReplayError(f"--points {path}: {name} ran at TP {tp}, which {profile.name} cannot")
-        windows = [_windows(run, power, document.get("host"), gpu) for gpu in document.get("gpus") or []]
-        found.append(_evidence(name, int(tp), float(clock_mhz), own.sort("start_ns"), _joined(windows)))
+        simulated = _check_setting(f"--points {path}: {name}", run, document, profile)
+        gpus = document.get("gpus") or []
+        windows = [_windows(power, document.get("host"), gpu, _gpu_entry(run, document, gpu)) for gpu in gpus]
+        setting = _Setting(name, int(tp), float(clock_mhz), document.get("power_cap_w"), simulated)
+        found.append(_evidence(setting, own.sort("start_ns"), _joined(windows)))
     if not found:
         raise ReplayError(f"--points {path}: manifest.json names no instances")
     return found
 
 
-def _evidence(name: str, tp: int, clock_mhz: float, steps: pl.DataFrame, windows: Windows) -> RunEvidence:
+class _Setting(NamedTuple):
+    """The first fields of `RunEvidence`."""
+
+    name: str
+    tp: int
+    clock_mhz: float
+    cap_w: float | None
+    simulated: bool
+
+
+def _check_setting(where: str, run: Run, document: dict[str, Any], profile: Profile) -> bool:
+    """Whether the instance was simulated. Raises `ReplayError` unless it ran the model of `profile` on its GPUs."""
+    served = document.get("model")
+    if not served:
+        raise ReplayError(f"{where} names no model in manifest.json; only runs whose server answered can be used")
+    if not is_model(str(served), profile.model_name):
+        raise ReplayError(
+            f"{where} served {served}, not {profile.model_name}; name what was served with --model, a folder of the "
+            "same name with its config.json if it is none that comes with the simulator"
+        )
+    simulated = run.manifest.get("engine") == "simulated"
+    for gpu in document.get("gpus") or []:
+        name = _gpu_entry(run, document, gpu).get("name") or "a GPU without a name"
+        simulated = simulated or name.startswith(_SIMULATED)
+        if name.removeprefix(_SIMULATED) != profile.gpu_name:
+            raise ReplayError(
+                f"{where} ran on {name}; {profile.hardware} has {profile.gpu_name} (--hardware takes another node, or "
+                "a TOML file of your own)"
+            )
+    try:
+        capped(profile, document.get("power_cap_w"))
+    except ReplayError as error:
+        raise ReplayError(f"{where}: {error}") from None
+    return simulated
+
+
+def _gpu_entry(run: Run, document: dict[str, Any], gpu: int) -> dict[str, Any]:
+    """What the manifest says of one GPU of an instance; nothing if it does not."""
+    host = document.get("host")
+    entries = [entry for entry in run.manifest.get("gpus") or [] if entry.get("gpu") == gpu]
+    return next((dict(entry) for entry in entries if host is None or entry.get("host") == host), {})
+
+
+def _evidence(setting: _Setting, steps: pl.DataFrame, windows: Windows) -> RunEvidence:
     """Steps and windows, thinned out, with how they overlap."""
     columns = ("prefill_tokens", "decode_tokens", "context_tokens", "prefill_attention")
     work = Work(*(steps[column].to_numpy().astype(float) for column in columns))
@@ -139,7 +194,7 @@ def _evidence(name: str, tp: int, clock_mhz: float, steps: pl.DataFrame, windows
     windows = windows.where(inside)
     windows = windows.where(_thinned(windows.watts.size, _MOST_WINDOWS))
     return RunEvidence(
-        name, tp, clock_mhz, work, start_ns, end_ns, windows, _overlap(windows, start_ns, end_ns),
+        *setting, work, start_ns, end_ns, windows, _overlap(windows, start_ns, end_ns),
         _thinned(start_ns.size, _MOST_STEPS), np.ones(windows.watts.size, dtype=bool),
     )  # fmt: skip
 
@@ -164,17 +219,18 @@ def _overlap(windows: Windows, start_ns: IntArray, end_ns: IntArray) -> csr_arra
     return csr_array((share, step, indptr), shape=(counts.size, start_ns.size))
 
 
-def _windows(run: Run, power: pl.DataFrame | None, host: Any, gpu: int) -> Windows:
-    """The readings of one GPU: the instant sensor's windows, else what the energy counter added between updates."""
+def _windows(power: pl.DataFrame | None, host: Any, gpu: int, entry: dict[str, Any]) -> Windows:
+    """The readings of one GPU, which the manifest's `entry` describes.
+
+    The instant sensor's windows, else what the energy counter added between updates.
+    """
     empty = Windows(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0))
     if power is None:
         return empty
     own = power.filter(pl.col("gpu") == gpu)
     if host is not None:
         own = own.filter(pl.col("host") == host)
-    documents = [entry for entry in run.manifest.get("gpus", []) if entry.get("gpu") == gpu]
-    documents = [entry for entry in documents if host is None or entry.get("host") == host]
-    instant = (documents[0].get("sensors") or {}).get("instant") if documents else None
+    instant = (entry.get("sensors") or {}).get("instant")
     if instant and instant.get("window_ns") and own["power_instant_mw"].null_count() < own.height:
         seen = own.drop_nulls(["sensor_ns", "power_instant_mw"]).unique("sensor_ns", keep="first").sort("sensor_ns")
         end_ns = seen["sensor_ns"].to_numpy() - int(instant.get("lag_ns") or 0)

@@ -45,9 +45,14 @@ class _Meter:
 class Judge:
     """Takes what is written, and judges it in the end."""
 
-    def __init__(self, survey: Survey, gpus: Sequence[int], locked_mhz: int | None, zero_ns: int) -> None:
-        """`gpus` serve, their clock locked to `locked_mhz`; the trace begins, and with it the run, at `zero_ns`."""
-        self._survey, self._locked_mhz, self._zero_ns = survey, locked_mhz, zero_ns
+    def __init__(
+        self, survey: Survey, gpus: Sequence[int], locked_mhz: int | None, zero_ns: int, held_mhz: float | None = None
+    ) -> None:
+        """`gpus` serve, their clock locked to `locked_mhz`; the trace begins, and with it the run, at `zero_ns`.
+
+        `held_mhz`: the highest clock that they hold under load.
+        """
+        self._survey, self._locked_mhz, self._zero_ns, self._held_mhz = survey, locked_mhz, zero_ns, held_mhz
         self._at_ns = verdicts.backlog_grid_ns(survey.first_ns, survey.last_ns)
         self._waiting = np.zeros(self._at_ns.size, np.int64)
         self._ok = self._wrong = self._short = 0
@@ -115,4 +120,4 @@ class Judge:
     def _clocks(self) -> Verdict:
         if self._locked_mhz is None or not self._readings:
             return verdicts.clocks_held(None, (), self._locked_mhz)
-        return verdicts.clocks(self._locked_mhz, self._off, self._readings, self._reasons)
+        return verdicts.clocks(self._locked_mhz, self._off, self._readings, self._reasons, self._held_mhz)

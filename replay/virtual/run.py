@@ -21,7 +21,7 @@ from replay.gpu.baseline import idle_power_w
 from replay.gpu.sim import SimBoard, SimGpus
 from replay.live import Progress
 from replay.manifest import first_manifest, host
-from replay.plan import Plan, Router, RunOptions, make_plan
+from replay.plan import Plan, Router, RunOptions, check_by_priority, make_plan
 from replay.prepare import Prepared, check_settings, describe
 from replay.rundir import ARRIVALS, POWER, REQUESTS, REQUESTS_OPTIONAL, SEGMENTS, TRUTH, scan_table, write_manifest
 from replay.session import claim, clear
@@ -53,6 +53,7 @@ BEGIN_NS = 10 * NS_PER_S  # when the sensors are first read, on a clock that sta
 _SETTLE_NS = NS_PER_S // 2  # as in wall time: between the last work and idle power, and before the first request
 TRUTH_REQUESTS = 2000  # runs of more have no truth.parquet unless it is asked for
 CHUNK_TOKENS = 10_000_000  # runs of more output tokens do not keep the time of each
+_LOADING = "loading the simulated engine (its first use on a machine compiles it, half a minute)"
 
 
 def run_virtual(options: RunOptions, progress: Progress) -> Path:
@@ -69,8 +70,11 @@ def run_virtual(options: RunOptions, progress: Progress) -> Path:
     source = TraceSource(
         options.trace, options.duration_ns, options.num_prompts, plan.profile.max_model_len, options.overlong
     )
-    progress.status("reading the trace")
+    progress.status(f"reading the trace, then {_LOADING}")  # one line: a log has no second one for five seconds
     survey = source.survey()
+    if survey.prioritized:
+        check_by_priority(plan.engine, options)
+    progress.status(_LOADING)
     made = claim(plan.run_dir)
     try:
         with _signals_as_interrupt():
@@ -133,7 +137,8 @@ class _Run:
         self._node = NodePower(hardware, plan.groups, self._lock_mhz, begin_ns=BEGIN_NS, seed=options.seed)
         self._window = Window(self._zero_ns)
         self._tokens = TokenTimes() if options.save_chunks and survey.output_tokens <= CHUNK_TOKENS else None
-        self._judge = Judge(survey, plan.gpus, manifest["instances"][0]["freq_mhz"], self._zero_ns)
+        held_mhz = profile.time.sustained_mhz
+        self._judge = Judge(survey, plan.gpus, manifest["instances"][0]["freq_mhz"], self._zero_ns, held_mhz)
         requests = REQUESTS if self._tokens is None else pl.Schema({**REQUESTS, **REQUESTS_OPTIONAL})
         schemas = {
             "requests": requests,
@@ -179,7 +184,7 @@ class _Run:
             rows["keys_at"] = bounds[:-1]
             rows["keys_count"] = np.diff(bounds)
         if "priority" in batch.columns:
-            rows["priority"] = batch["priority"].cast(pl.Int32).fill_null(0).to_numpy()
+            rows["priority"] = batch["priority"].fill_null(0).to_numpy()
         self._fed += batch.height
         return rows
 

@@ -11,9 +11,9 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from replay.plan import fit_lengths, too_long_error
+from replay.plan import fit_lengths, prioritized, too_long_error
 from tracegen.errors import ReplayError, TraceError
-from tracegen.schema import SCHEMA_VERSION, check_trace, read_metadata, read_trace
+from tracegen.schema import SCHEMA_VERSION, check_blocks, check_trace, read_metadata, read_trace
 
 BATCH_ROWS = 1 << 16
 
@@ -26,6 +26,7 @@ class Survey(NamedTuple):
     last_ns: int
     output_tokens: int
     changed: int  # dropped or clipped for their length
+    prioritized: bool  # whether any has a priority but 0
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ class TraceSource:
         """Read it once and check all of it."""
         asked, kept, output_tokens, changed = 0, 0, 0, 0
         first_ns = last_ns = 0
+        priorities = False
         first_too_long: dict[str, int] | None = None
         ids: list[npt.NDArray[np.uint64]] = []
         for batch in self._sliced():
@@ -60,6 +62,7 @@ class TraceSource:
                 first_ns = first_ns if kept else int(fitted["arrival_ns"][0])
                 last_ns = int(fitted["arrival_ns"][-1])
             kept += fitted.height
+            priorities |= prioritized(fitted)
             output_tokens += int(fitted["output_tokens"].sum())
         if not asked:
             raise ReplayError(f"{self.path}: no request arrives within --duration; give a longer one")
@@ -68,7 +71,7 @@ class TraceSource:
         every = np.concatenate(ids)
         if not (every[1:] > every[:-1]).all() and np.unique(every).size < every.size:
             read_trace(self.path)  # names the row
-        return Survey(kept, first_ns, last_ns, output_tokens, changed)
+        return Survey(kept, first_ns, last_ns, output_tokens, changed, priorities)
 
     def batches(self) -> Iterator[pl.DataFrame]:
         """The requests, some rows at a time, none of the batches empty."""
@@ -127,8 +130,7 @@ class TraceSource:
         version = str(metadata.get("schema_version", SCHEMA_VERSION))
         self._check(version.partition(".")[0] == SCHEMA_VERSION.partition(".")[0], f"has schema_version {version}")
         self._check(file.metadata.num_rows > 0, "has no rows")
-        hashes = "prefix_hashes" in file.schema_arrow.names
-        self._check(not hashes or type(metadata.get("block_tokens")) is int, "has prefix_hashes without block_tokens")
+        check_blocks(file.schema_arrow.names, metadata, self.path)
 
     def _check(self, sound: bool, what: str) -> None:
         if not sound:

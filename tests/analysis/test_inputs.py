@@ -7,7 +7,7 @@ import pytest
 
 from analysis.energy import attribute
 from analysis.load import open_run
-from replay.rundir import Run
+from replay.rundir import Run, write_manifest
 from tracegen.errors import AnalysisError, RunError, WattraceError
 
 
@@ -25,6 +25,15 @@ def test_no_power_samples(run_of, rewrite):
     with pytest.raises(AnalysisError, match=r"power\.parquet: has no rows"):
         attribute(empty)
     assert not (run.path / "energy").exists()
+
+
+@pytest.mark.parametrize("state", ["starting", "running"])
+def test_a_run_that_left_no_tables_is_said_to_be_unfinished(run_of, tmp_path, state):
+    killed = tmp_path / "killed"
+    killed.mkdir()
+    write_manifest(killed, {**run_of().manifest, "state": state})
+    with pytest.raises(AnalysisError, match=rf"did not finish and left no tables \(its manifest says '{state}'\)"):
+        attribute(Run.open(killed))
 
 
 @pytest.mark.parametrize(

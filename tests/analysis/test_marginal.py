@@ -24,13 +24,13 @@ OVERLAPPING = ActivityModel(
     np.array([0.003, 1e-4, 1e-4, 0, 1e-8]),
     np.array([0.018, 0, 0, 3e-7, 0]),
     3.0,
-    np.array([20.0, 150, 80, 60, 40, 0, 0, 30, 0, 0, 0, 0]),
+    np.array([20.0, 150, 80, 60, 40, 0, 0, 30, 0.1, 0, 0, 0, 0]),
 )
 # Time grows faster than work (compute hides behind memory until it does not); power is the same whatever goes on.
-CONVEX = ActivityModel(NOTHING, np.array([0, 1e-4, 1e-4, 0, 0]), np.array([0.02, 0, 0, 0, 0]), 4.0, np.eye(12)[0] * 300)
+CONVEX = ActivityModel(NOTHING, np.array([0, 1e-4, 1e-4, 0, 0]), np.array([0.02, 0, 0, 0, 0]), 4.0, np.eye(13)[0] * 300)
 # Time is nearly all overhead, and power rises with the root of the activity: the first work is the dearest.
 CONCAVE = ActivityModel(
-    np.array([0.1, 0, 0, 0, 0]), np.array([0, 1e-6, 1e-6, 0, 0]), np.array([1e-5, 0, 0, 0, 0]), 1.0, np.eye(12)[3] * 300
+    np.array([0.1, 0, 0, 0, 0]), np.array([0, 1e-6, 1e-6, 0, 0]), np.array([1e-5, 0, 0, 0, 0]), 1.0, np.eye(13)[3] * 300
 )
 LINEAR = LinearModel(np.array([0.02, 1e-4, 3e-5, 2e-7, 1e-8]), np.array([60.0, 0.05, 0.02, 1e-5, 1e-6]))
 
@@ -115,7 +115,7 @@ def test_it_is_the_step_with_the_request_less_the_step_without_at_the_steps_own_
 
 def test_the_time_that_work_adds_is_paid_at_idle_power_and_more():
     steps, segments = layout(ALIKE)
-    no_power = ActivityModel(CONVEX.overhead, CONVEX.compute, CONVEX.memory, CONVEX.exponent, np.zeros(12))
+    no_power = ActivityModel(CONVEX.overhead, CONVEX.compute, CONVEX.memory, CONVEX.exponent, np.zeros(13))
     pace = pace_of(no_power, steps)
     less = no_power.predict_s(steps.work * 0.8)
     np.testing.assert_allclose(marginal(no_power, steps, segments).energy_j, (IDLE_W * (0.05 - pace * less)).sum())
@@ -141,7 +141,7 @@ def test_it_is_above_the_shapley_price_where_cost_grows_faster_than_work_and_bel
 def test_what_is_left_over_can_be_less_than_nothing():
     steps, segments = layout([(r, 0, 11, DECODE, 100, 0) for r in range(5)])
     steep = ActivityModel(
-        NOTHING, np.array([0, 1e-4, 1e-4, 0, 0]), np.array([1e-4, 0, 0, 0, 0]), 4.0, np.eye(12)[5] * 9
+        NOTHING, np.array([0, 1e-4, 1e-4, 0, 0]), np.array([1e-4, 0, 0, 0, 0]), 4.0, np.eye(13)[5] * 9
     )
     shares = marginal(steep, steps, segments)
     assert shares.energy_j.sum() + shares.unlisted_j == pytest.approx(12 * 0.05 * (IDLE_W + 9), rel=1e-3)

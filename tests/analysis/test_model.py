@@ -77,12 +77,12 @@ coefficients = st.lists(st.floats(0, 1), min_size=5, max_size=5).map(lambda c: n
 
 
 @given(
-    coefficients, coefficients, coefficients, st.floats(1, 12), st.lists(st.floats(0, 300), min_size=12, max_size=12)
+    coefficients, coefficients, coefficients, st.floats(1, 12), st.lists(st.floats(0, 300), min_size=13, max_size=13)
 )
 @settings(deadline=None)
 def test_prices_and_shares_are_never_negative_and_add_up(overhead, compute, memory, exponent, power):
     steps = made_steps(linear_s, n=60)
-    scale = np.append(np.ones(8), [1e-3, 1e-3, 1e-7, 1e-7])
+    scale = np.append(np.ones(8), [1e-2, 1e-3, 1e-3, 1e-7, 1e-7])
     model = ActivityModel(overhead, compute, memory, exponent, np.array(power) * scale)
     parts = model.parts(steps, np.full(60, 200.0))
     assert np.all(np.isfinite(parts.price))
@@ -99,7 +99,7 @@ def test_five_gauss_points_price_the_whole_of_a_smooth_model():
         np.array([0.003, 1e-4, 1e-4, 0, 1e-8]),
         np.array([0.018, 0, 0, 3e-7, 0]),
         3.0,
-        np.array([20.0, 150, 80, 60, 40, 0, 0, 30, 0, 0, 0, 0]),
+        np.array([20.0, 150, 80, 60, 40, 0, 0, 30, 0.1, 0, 0, 0, 0]),
     )
     zero_s = model.predict_s(np.zeros((1, 4)))
     nothing = np.zeros(1)

@@ -63,6 +63,7 @@ class Driver:
         ({"engine": URL, "power": "csv:a.csv"}, "--power csv:a.csv needs --gpus"),
         ({"engine": URL, "gpus": (0,), "power": "csv:a.csv", "freq_mhz": 900}, "--freq needs --power nvml"),
         ({"steps": Path("steps")}, "--steps is where an attached server logs its steps"),
+        ({"vllm_args": ("--gpu-memory-utilization=0.1",)}, "holds no KV cache at this utilization"),
         ({"num_warmups": -1}, "--num-warmups -1: must not be negative"),
     ],
 )
@@ -84,6 +85,30 @@ def test_the_block_size_of_prefix_hashes_comes_from_the_trace(make_trace, tmp_pa
     shared = make_trace(tmp_path / "b.parquet", [(0, 40, 5), (1, 40, 5)], {"block_tokens": 16}, prefix_hashes=hashes)
     assert make_plan(RunOptions(shared, engine="sim")).block_tokens == 16
     assert make_plan(RunOptions(trace, engine="sim")).block_tokens == 0
+
+
+@pytest.mark.parametrize("priorities", [[0, 5], [-1, None]])
+def test_priorities_need_a_server_that_schedules_by_them(make_trace, tmp_path, monkeypatch, priorities):
+    monkeypatch.setattr(plan_module, "open_gpus", lambda spec: Driver())
+    monkeypatch.setattr(plan_module, "vllm_installed", lambda: True)
+    monkeypatch.setattr(plan_module, "inspect_vllm", lambda python: {"vllm": "0.32.0"})
+    column = pl.Series(priorities, dtype=pl.Int32)
+    trace = make_trace(tmp_path / "p.parquet", [(0, 10, 5), (1, 10, 5)], priority=column)
+    for engine in ("sim", "vllm"):
+        for arguments in ((), ("--scheduling-policy=fcfs",)):
+            with pytest.raises(ReplayError, match="add --vllm-arg=--scheduling-policy=priority, or drop the column"):
+                make_plan(RunOptions(trace, engine=engine, vllm_args=arguments))
+        for arguments in (("--scheduling-policy=priority",), ("--scheduling-policy", "priority")):
+            assert make_plan(RunOptions(trace, engine=engine, vllm_args=arguments)).engine == engine
+    assert make_plan(RunOptions(trace, engine="vllm", vllm_args=("--config", "my.yaml"))).engine == "vllm"
+    assert make_plan(RunOptions(trace, engine=URL)).engine == "url"
+
+
+@pytest.mark.parametrize("priorities", [[0, 0], [None, 0]])
+def test_the_default_priority_needs_nothing(make_trace, tmp_path, priorities):
+    column = pl.Series(priorities, dtype=pl.Int32)
+    trace = make_trace(tmp_path / "p.parquet", [(0, 10, 5), (1, 10, 5)], priority=column)
+    assert make_plan(RunOptions(trace, engine="sim")).trace["priority"].to_list() == priorities
 
 
 @pytest.mark.parametrize("content", ["file", "folder"])

@@ -52,3 +52,9 @@ def test_the_body_asks_for_exact_lengths_of_vllm_and_for_nothing_special_elsewhe
     assert plain["stream_options"] == {"include_usage": True}
     assert {"ignore_eos", "min_tokens"}.isdisjoint(plain)
     assert plain["max_tokens"] == 9
+
+
+def test_the_body_has_a_priority_but_not_the_servers_own_default():
+    assert json.loads(completion_body("m", [20], 9, priority=-3))["priority"] == -3
+    assert json.loads(completion_body("m", [20], 9, exact=False, priority=2))["priority"] == 2
+    assert "priority" not in json.loads(completion_body("m", [20], 9, priority=0))

@@ -132,6 +132,15 @@ def test_clocks_held():
     bad = verdicts.clocks_held(power(sm_clock_mhz=half, throttle_reasons=[0x4 | 0x20 | 0x1] * 401), [0], 1200)
     assert (bad.ok, bad.value) == (False, pytest.approx(200 / 401))
     assert bad.why.endswith("; software power cap; software thermal slowdown")
+    assert (
+        bad.why
+        == verdicts.clocks_held(
+            power(sm_clock_mhz=half, throttle_reasons=[0x4 | 0x20 | 0x1] * 401), [0], 1200, 1200.0
+        ).why
+    )
+    above = verdicts.clocks_held(power(sm_clock_mhz=half), [0], 1200, 1100.0)
+    assert above.why.endswith("; under load this GPU holds 1100 MHz at most")
+    assert above.ok is False
     assert verdicts.clocks_held(power(), [0], None).ok is None
     assert verdicts.clocks_held(None, [0], 1200).ok is False
     assert verdicts.clocks_held(power(gpu=1), [0], 1200).ok is False

@@ -52,6 +52,7 @@ def traces(draw):
         "model": st.none() | st.text(st.characters(codec="utf-8")),
         "label": st.none() | st.text(st.characters(codec="utf-8")),
         "prefix_hashes": st.lists(UINT64, max_size=3),
+        "priority": st.none() | st.integers(-(2**31), 2**31 - 1),
     }
     for name in draw(st.sets(st.sampled_from(list(optional)))):
         frame = frame.with_columns(pl.Series(name, column(optional[name]), dtype=TRACE_OPTIONAL[name]))
@@ -148,6 +149,8 @@ def test_no_rows(make_frame):
         ("input_tokens", pl.Series([1, 2, -3]), "row 2, column 'input_tokens': -3 does not fit UInt32"),
         ("input_tokens", pl.Series(["1", "2", "3"]), "column 'input_tokens' is String, not UInt32"),
         ("arrival_ns", pl.Series([0, 1, 2]).cast(pl.Duration("us")), "column 'arrival_ns' is Duration"),
+        ("priority", pl.Series(["high", "low", "low"]), "column 'priority' is String, not Int32"),
+        ("priority", pl.Series([0, 2**31, 1]), "row 1, column 'priority': 2147483648 does not fit Int32"),
         ("prefix_hashes", pl.Series([[1], [-2], []]), r"row 1, column 'prefix_hashes': \[-2\] does not fit"),
     ],
 )

@@ -1,23 +1,24 @@
 """`replay sim calibrate`: known constants come back, held-out data stay unseen, bad files are one line."""
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import polars as pl
 import pytest
+from typer.testing import CliRunner
 
-from replay.rundir import POWER, STEPS, write_manifest
-from replay.sim.calibrate import calibrate, held_out_points, read_data
+from replay.cli import app
+from replay.sim.calibrate import Calibration, Data, calibrate, held_out_points, read_data
 from replay.sim.calibration_report import hardware_file, plain, summary
 from replay.sim.evidence import PointEvidence, StepEvidence
-from replay.sim.fit import Constant, constants_of, fit, with_constants
+from replay.sim.fit import UNTOLD, Constant, constants_of, fit, with_constants
 from replay.sim.hardware import Hardware, Work
 from replay.sim.points import SCHEMA, Load, read_points, simulate_points
 from replay.sim.profile import Profile, load_profile
 from replay.sim.published import step_times
-from replay.sim.run_evidence import read_run
 from tracegen.errors import ReplayError
 
 LOAD = Load(arrivals_s=10.0)
@@ -98,8 +99,50 @@ def test_a_constant_that_the_points_cannot_tell_stays_and_says_so(profile: Profi
     fast = measured.filter((pl.col("sm_clock_mhz") == 1980) & (pl.col("tp") == 8) & (pl.col("bucket") == "SS"))
     found = fit(profile, [PointEvidence(fast, LOAD)], [told, untold])
     errors = dict(zip(found.constants, found.error_rel, strict=True))
-    assert errors[untold] > 5 * errors[told]
-    assert untold.of(found.profile) == pytest.approx(untold.of(profile), rel=0.1)
+    assert errors[untold] >= UNTOLD > 5 * errors[told]
+    assert untold.of(found.profile) == untold.of(profile)
+    assert told.of(found.profile) < 0.95 * told.of(profile)
+    data = Data((), LOAD, points=fast.with_columns(steady=True, held_out=False))
+    shown = Calibration(profile, found, data, 0.0, 0, simulate_points(found.profile, data.points, LOAD), {})
+    lines = hardware_file(shown).splitlines()
+    assert f"traffic_knee_mhz = {untold.of(profile)}  # as in dgx-h100: not told by the data" in lines
+    assert [line.split(" = ")[0] for line in lines if "  # [fitted]" in line] == ["compute_efficiency"]
+
+
+class Nothing:
+    """Evidence that no constant changes."""
+
+    def residuals(self, _profile: Profile) -> np.ndarray:
+        return np.ones(3)
+
+    def near(self, _profile: Profile) -> Callable[[Profile], np.ndarray]:
+        return self.residuals
+
+
+class Product:
+    """Evidence of how fast the GPUs' arithmetic and links are, multiplied, and of nothing else."""
+
+    def residuals(self, profile: Profile) -> np.ndarray:
+        speed = profile.time.compute_efficiency * profile.time.link_bytes_per_s
+        return 100 * np.log(np.array([1.1, 1.1, 1.1]) * 0.779 * 163e9 / speed)
+
+    def near(self, _profile: Profile) -> Callable[[Profile], np.ndarray]:
+        return self.residuals
+
+
+def test_of_two_constants_that_show_only_as_a_product_one_stays_and_the_other_makes_up_for_it(profile: Profile) -> None:
+    pair = [Constant("time", "compute_efficiency"), Constant("time", "link_bytes_per_s")]
+    found = fit(profile, [Product()], pair)
+    moved = [constant.of(found.profile) != constant.of(profile) for constant in pair]
+    assert sorted(moved) == [False, True]
+    assert [error < UNTOLD for error in found.error_rel] == moved
+    assert np.abs(Product().residuals(found.profile)).max() < 0.1
+
+
+def test_evidence_that_tells_nothing_leaves_every_constant_exactly_where_it_was(other: Profile) -> None:
+    found = fit(other, [Nothing()], constants_of(other))
+    assert found.profile == other
+    assert min(found.error_rel) >= UNTOLD
 
 
 def test_held_out_points_do_not_change_the_fit(
@@ -153,92 +196,6 @@ def test_the_written_hardware_file_simulates_as_the_fit_did(
     assert json.loads(json.dumps(plain(summary(found)), allow_nan=False))["calibration"]["points"] == 48
 
 
-def write_run(path: Path, profile: Profile, tp: int, clock_mhz: int) -> Path:
-    """A run of mixed steps as `profile` would take them, its sensors ideal: windows of 25 ms every 100 ms."""
-    rng = np.random.default_rng(tp)
-    n = 600
-    prefill = np.where(rng.random(n) < 0.3, rng.integers(1, 2000, n), 0)
-    decode, context = rng.integers(1, 60, n), rng.integers(100, 40_000, n)
-    work = Work(*(column.astype(float) for column in (prefill, decode, context, prefill**2 // 2)))
-    hardware = Hardware(profile, tp)
-    duration_ns = np.rint(hardware.step_s(work, float(clock_mhz)) * 1e9).astype(np.int64)
-    gpu_w = hardware.step_w(work, float(clock_mhz)) / tp
-    gap_ns = np.where(rng.random(n) < 0.1, 200_000_000, 0)
-    start_ns = np.cumsum(duration_ns + gap_ns) - duration_ns
-    path.mkdir()
-    pl.DataFrame(
-        {
-            "instance": np.zeros(n), "step": np.arange(n), "start_ns": start_ns, "end_ns": start_ns + duration_ns,
-            "prefill_tokens": prefill, "decode_tokens": decode, "context_tokens": context,
-            "prefill_attention": prefill**2 // 2, "requests": decode, "waiting": np.zeros(n), "kv_usage": np.zeros(n),
-        },
-    ).cast(dict(STEPS)).write_parquet(path / "steps.parquet")  # fmt: skip
-    end_ns = np.arange(100_000_000, int(start_ns[-1]), 100_000_000)
-    fine_ns = end_ns[:, None] - np.arange(0, 25_000_000, 50_000) - 25_000
-    place = np.searchsorted(start_ns, fine_ns, side="right") - 1
-    busy = (place >= 0) & (fine_ns < (start_ns + duration_ns)[place])
-    shown_w = np.where(busy, gpu_w[place], hardware.idle_w(clock_mhz)).mean(axis=1)
-    columns = {
-        "t_ns": end_ns, "sensor_ns": end_ns, "host": ["here"] * end_ns.size, "gpu": np.zeros(end_ns.size),
-        "power_instant_mw": np.rint(1e3 * shown_w),
-    }  # fmt: skip
-    empty = {name: pl.Series(name, [None] * end_ns.size) for name in POWER if name not in columns}
-    pl.DataFrame(columns | empty).cast(dict(POWER)).select(list(POWER)).write_parquet(path / "power.parquet")
-    sensors = {"instant": {"period_ns": 100_000_000, "window_ns": 25_000_000, "lag_ns": 0}}
-    write_manifest(
-        path,
-        {
-            "schema_version": "1.0",
-            "state": "complete",
-            "engine": "simulated",
-            "instances": [{"instance": 0, "host": "here", "gpus": [0], "tp": tp, "freq_mhz": clock_mhz}],
-            "gpus": [{"host": "here", "gpu": 0, "sensors": sensors}],
-        },
-    )
-    return path
-
-
-@pytest.fixture(scope="module")
-def runs(other: Profile, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    folder = tmp_path_factory.mktemp("runs")
-    return [write_run(folder / f"tp{tp}-{mhz}", other, tp, mhz) for tp in (2, 4) for mhz in (900, 1300, 1900)]
-
-
-def test_constants_that_made_runs_come_back_all_at_once(profile: Profile, other: Profile, runs: list[Path]) -> None:
-    data = read_data(runs, profile, LOAD, holdout=0.2, seed=0)
-    found = calibrate(profile, data, holdout=0.2, seed=0)
-    assert found.fitted is not None
-    told = [c for c, e in zip(found.fitted.constants, found.fitted.error_rel, strict=True) if e < 0.01]
-    assert {*MOVED} <= {*told}
-    for constant in MOVED:
-        assert constant.of(found.profile) == pytest.approx(constant.of(other), rel=0.05), constant.name
-    held_out = [row for row in summary(found)["runs"] if row["held_out"]]
-    assert len(held_out) == len(runs)
-    for row in held_out:
-        assert row["step"].median_abs < 0.01
-        assert row["window"].median_abs < 0.01
-
-
-def test_a_run_is_cut_into_parts_without_a_reading_or_a_step_in_both(profile: Profile, runs: list[Path]) -> None:
-    (whole,) = read_run(runs[0], profile)
-    parts = [whole.part(held_out=held_out, share=0.3, seed=1) for held_out in (False, True)]
-    for name in ("use_steps", "use_windows"):
-        one, two = (getattr(part, name) for part in parts)
-        assert not (one & two).any()
-        assert ((one | two) == getattr(whole, name)).all()
-    assert 0.1 < parts[1].use_steps.mean() < 0.5
-
-
-def test_windows_are_shared_among_the_steps_in_them(profile: Profile, other: Profile, runs: list[Path]) -> None:
-    (run,) = read_run(runs[0], profile)
-    share = run.overlap.sum(axis=1)
-    assert (share <= 1 + 1e-12).all()
-    assert share.max() == pytest.approx(1.0)
-    step, window = run.errors(other)
-    assert np.abs(step).max() < 1e-6
-    assert np.quantile(np.abs(window), 0.95) < 0.01
-
-
 HEADER = ",".join(SCHEMA)
 GOOD = "0.5,2,800,SS,50,0.2"
 
@@ -266,21 +223,33 @@ def test_bad_points_are_one_line(profile: Profile, tmp_path: Path, text: str, me
     assert "\n" not in str(caught.value)
 
 
-def test_points_and_runs_do_not_mix(profile: Profile, points_csv: Path, runs: list[Path]) -> None:
+def test_points_and_runs_do_not_mix(profile: Profile, points_csv: Path, tmp_path: Path) -> None:
     with pytest.raises(ReplayError, match="one CSV file, or run directories only"):
-        read_data([points_csv, runs[0]], profile, LOAD, holdout=0.2, seed=0)
+        read_data([points_csv, tmp_path], profile, LOAD, holdout=0.2, seed=0)
 
 
-def test_a_run_without_a_clock_or_steps_is_one_line(profile: Profile, runs: list[Path], tmp_path: Path) -> None:
-    manifest = json.loads((runs[0] / "manifest.json").read_text(encoding="utf-8"))
-    write_manifest(tmp_path, manifest)
-    with pytest.raises(ReplayError, match=r"has no steps\.parquet"):
-        read_run(tmp_path, profile)
-    (tmp_path / "steps.parquet").write_bytes((runs[0] / "steps.parquet").read_bytes())
-    manifest["instances"][0]["freq_mhz"] = None
-    write_manifest(tmp_path, manifest)
-    with pytest.raises(ReplayError, match="no TP size or locked clock"):
-        read_run(tmp_path, profile)
+def calibrate_cli(*arguments: object) -> str:
+    """What `replay sim calibrate` prints, or the one line that it fails with."""
+    found = CliRunner().invoke(app, ["sim", "calibrate", *map(str, arguments)])
+    if isinstance(found.exception, ReplayError):
+        assert "\n" not in str(found.exception)
+        return str(found.exception)
+    assert found.exit_code == 0, found.output
+    return found.output
+
+
+def test_plots_into_a_file_are_refused(points_csv: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    assert calibrate_cli("--points", points_csv, "--plots", tmp_path / "file").endswith("is a file; name a folder")
+
+
+def test_a_single_point_is_compared_and_says_that_there_is_no_ratio(tmp_path: Path) -> None:
+    path = tmp_path / "points.csv"
+    path.write_text(f"{HEADER}\n{GOOD}\n", encoding="utf-8")
+    shown = calibrate_cli("--points", path, "--no-fit", "--plots", tmp_path / "plots")
+    assert "none: no point below saturation has one at the highest clock" in shown
+    document = json.loads(calibrate_cli("--points", path, "--no-fit", "--json"))
+    assert (document["ratios"], document["ratios_by_tp_and_clock"]) == ({}, [])
 
 
 def test_the_published_arrivals_are_the_source_s(tmp_path: Path) -> None:

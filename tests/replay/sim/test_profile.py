@@ -8,7 +8,7 @@ from importlib.resources import files
 import pytest
 
 from replay.sim.hardware import Hardware, Work, load_profile
-from replay.sim.models import load_model, model_names
+from replay.sim.models import is_model, load_model, model_names
 from replay.sim.profile import combinations, constants, hardware_names, load_node, parse_node, profile_of_constants
 from tracegen.errors import ReplayError
 
@@ -248,9 +248,14 @@ def test_a_model_that_is_not_there_is_one_line(tmp_path, asked):
         (lambda d: d["clocks_mhz"].update(step=0), "not a range of clocks"),
         (lambda d: d.update(power="700 W"), "[power] must be a table"),
         (lambda d: d["power"].update(cap_w="700 W"), "power.cap_w"),
-        (lambda d: d["power"].update(cap_w=0), "[power] cap_w: must be above 0"),
-        (lambda d: d["time"].update(launch_s=-1.0), "[time] launch_s = -1.0: must be a finite number, 0 or above"),
-        (lambda d: d["memory"].update(gpu_bytes=float("nan")), "[memory] gpu_bytes = nan"),
+        (lambda d: d.update(calibration="none"), "[calibration] must be a table"),
+        (lambda d: d["calibration"].update(simulated="no"), "[calibration] simulated = 'no': must be true or false"),
+        (lambda d: d.update(gpus_per_node=0), "gpus_per_node = 0: must be at least 1"),
+        (lambda d: d.update(memory_clock_mhz=0), "memory_clock_mhz = 0: must be at least 1"),
+        (lambda d: d["power"].update(cap_w=100), "[power] cap_w = 100: must be above "),
+        (lambda d: d["time"].update(boost_mhz=1995), "[time] boost_mhz = 1995: must be one of clocks_mhz, 210 to 1980"),
+        (lambda d: d["time"].update(boost_mhz=195), "[time] boost_mhz = 195: must be one of clocks_mhz"),
+        (lambda d: d["time"].update(sustained_mhz=1831), "[time] sustained_mhz = 1831: must be one of clocks_mhz"),
         (lambda d: d["sensor"]["phases_ns"].pop(), "[sensor] phases_ns: give 8 times within period_ns"),
         (lambda d: d["calibration"].pop("models"), "[calibration] lacks models"),
         (lambda d: d["calibration"].update(models="all"), "calibrated_on"),
@@ -262,6 +267,22 @@ def test_a_hardware_file_without_sense_names_its_key(node_document, change, mess
         parse_node(node_document)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("served", "name", "same"),
+    [
+        ("meta-llama/Llama-2-70b-hf", "llama-2-70b", True),
+        ("/models/Llama-2-70b-chat-hf/", "llama-2-70b", True),
+        ("llama-2-70b", "/data/llama-2-70b/config.json", True),
+        ("/models/mine", "elsewhere/mine", True),
+        ("meta-llama/Llama-2-13b-hf", "llama-2-70b", False),
+        ("mine", "llama-2-70b", False),
+        ("mine", "yours", False),
+    ],
+)
+def test_a_served_name_is_a_model_by_name_alias_or_folder(served, name, same):
+    assert is_model(served, name) == is_model(name, served) == same
 
 
 def test_a_hardware_file_of_ones_own(tmp_path):

@@ -8,6 +8,7 @@ from functools import partial
 
 import numpy as np
 import polars as pl
+import pyarrow.parquet as pq
 import pytest
 from polars.testing import assert_frame_equal
 
@@ -21,7 +22,7 @@ from replay.virtual import run as module
 from replay.virtual.node import NodePower
 from replay.virtual.source import TraceSource
 from tracegen.errors import GpuError, ReplayError, TraceError
-from tracegen.schema import read_trace
+from tracegen.schema import TRACE, file_metadata, read_trace
 from tracegen.synthesize import synthesize
 
 S = 1_000_000_000
@@ -33,6 +34,19 @@ KEYS = {
     "trace": ["request_id"],
     "truth": ["request_id"],
 }
+
+
+class Heard(QuietProgress):
+    """Keeps what is said."""
+
+    def __init__(self):
+        self.said, self.statuses = [], []
+
+    def say(self, message):
+        self.said.append(message)
+
+    def status(self, message):
+        self.statuses.append(message)
 
 
 def chat(rate=1.0, seconds=60, seed=1):
@@ -249,7 +263,18 @@ def test_a_run_that_ends_early_leaves_nothing(virtual_run, tmp_path, monkeypatch
     [
         ({"engine": "vllm"}, ReplayError, "--virtual with --engine vllm: only the simulated engine"),
         ({"engine": "http://localhost:1"}, ReplayError, "only the simulated engine runs in virtual time"),
-        ({"max_concurrency": 3}, ReplayError, "--max-concurrency with --virtual"),
+        ({"max_concurrency": 3}, ReplayError, "--max-concurrency with --virtual: requests arrive at their times"),
+        ({"max_rate_rps": 3.0}, ReplayError, "--max-rate with --virtual: requests arrive at their times"),
+        ({"port": 8000}, ReplayError, "--port with --virtual: no server is launched"),
+        ({"vllm_python": "python3"}, ReplayError, "--vllm-python with --virtual: no server is launched"),
+        ({"ready_timeout_s": 30.0}, ReplayError, "--ready-check-timeout-sec with --virtual: no server is launched"),
+        ({"num_warmups": 2}, ReplayError, "--num-warmups with --virtual: the simulated engine needs no warm-up"),
+        ({"request_timeout_s": 9.0}, ReplayError, "--request-timeout-sec with --virtual: every request is served"),
+        ({"exact": False}, ReplayError, "--no-ignore-eos with --virtual: "),
+        ({"record_steps": False}, ReplayError, "--no-record-steps with --virtual: the steps are what is simulated"),
+        ({"with_cpu": True}, ReplayError, "--with-cpu with --virtual: no CPU is simulated"),
+        ({"allow_busy": True}, ReplayError, "--allow-busy with --virtual: nobody else uses simulated GPUs"),
+        ({"idle_ns": 0}, ReplayError, "--idle 0s with --virtual: idle power costs no time there"),
         ({"router": "random"}, ReplayError, "--router random: use one of session, round-robin, least-loaded"),
         ({"freq_mhz": 5000}, GpuError, "--freq 5000"),
         ({"replicas": 5}, GpuError, "GPU 8 does not exist"),
@@ -307,6 +332,46 @@ def test_a_broken_trace_is_refused_with_its_row_wherever_batches_end(tmp_path, c
     pl.DataFrame({**good, **columns}).write_parquet(path)
     with pytest.raises(TraceError, match=message):
         TraceSource(path, batch_rows=8).survey()
+
+
+@pytest.mark.parametrize("block_tokens", [0, -16, 16.0, None])
+def test_prefix_hashes_without_a_size_of_their_blocks_are_refused(tmp_path, block_tokens):
+    hashes = pl.Series([[1], [2]], dtype=pl.List(pl.UInt64))
+    frame = pl.DataFrame({**{name: [1, 2] for name in TRACE}, "prefix_hashes": hashes})
+    path = tmp_path / "t.parquet"
+    pq.write_table(frame.to_arrow().replace_schema_metadata(file_metadata({"block_tokens": block_tokens})), path)
+    with pytest.raises(TraceError, match=f"has prefix_hashes, but block_tokens in its file metadata is {block_tokens}"):
+        TraceSource(path).survey()
+
+
+def test_first_tokens_come_in_order_of_priority_in_virtual_and_in_wall_time(make_trace, virtual_run, replay, tmp_path):
+    priorities = pl.Series([0, 3, -1, None, 2, -5], dtype=pl.Int32)
+    rows = [(0, 20, 40), *[(60 + i, 20, 2) for i in range(5)]]  # all but the first wait for it
+    trace = make_trace(tmp_path / "t.parquet", rows, priority=priorities)
+    asked = {"vllm_args": ("--scheduling-policy=priority", "--max-num-seqs=1"), "idle_ns": S // 5}
+    virtual = virtual_run(tmp_path / "virtual", trace, **asked)
+    wall = Run.open(replay(trace, engine="sim", tp=2, truth=False, output=tmp_path / "wall", **asked))
+    for run in (virtual, wall):
+        served = run.scan("requests").collect().sort("first_token_ns")
+        assert served["status"].unique().to_list() == ["ok"]
+        assert served["request_id"].to_list() == [100, 105, 102, 103, 104, 101]
+    with pytest.raises(ReplayError, match="add --vllm-arg=--scheduling-policy=priority, or drop the column"):
+        virtual_run(tmp_path / "refused", trace)
+    assert not (tmp_path / "refused").exists()
+
+
+def test_a_lock_above_what_is_held_under_load_is_said_before_and_after(make_trace, tmp_path):
+    trace = make_trace(tmp_path / "t.parquet", [(100 * i, 200, 20) for i in range(30)])
+    held = f"under load this GPU holds {load_profile().time.sustained_mhz:.0f} MHz at most"
+    for freq_mhz, expected in ((1980, True), (1200, False)):
+        heard = Heard()
+        options = RunOptions(trace, virtual=True, tp=2, freq_mhz=freq_mhz, output=tmp_path / str(freq_mhz))
+        run = Run.open(module.run_virtual(options, heard))
+        assert (f"--freq {freq_mhz}: {held}" in heard.said) == expected
+        assert any(status.startswith("loading the simulated engine") for status in heard.statuses)
+        (why,) = [v["why"] for v in run.manifest["verdicts"] if v["name"] == "clocks_held"]
+        assert (held in why) == expected
+        assert why in {verdict.why for verdict in judge(run.path, run.manifest, [0])}
 
 
 def test_the_command_says_simulated_and_prints_the_summary(command, make_trace, tmp_path):
