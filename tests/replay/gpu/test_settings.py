@@ -203,7 +203,7 @@ def test_an_error_inside_gives_them_back(board, tmp_path):
     [
         ([0, 9], 1200, None, "GPU 9 does not exist"),
         ([0], 1201, None, "GPU 0 cannot be locked to 1201 MHz"),
-        ([0], 1200, 400.0, "GPU 0 takes no power cap; run without --power-cap"),
+        ([0], 1200, 50.0, "--power-cap 50"),
     ],
 )
 def test_a_refused_setting_is_an_error_and_leaves_nothing_changed(board, tmp_path, gpus, mhz, watts, message):
@@ -214,6 +214,15 @@ def test_a_refused_setting_is_an_error_and_leaves_nothing_changed(board, tmp_pat
     with pytest.raises(GpuError, match=message):
         asyncio.run(main())
     assert locked(board) == FREE
+
+
+def test_a_simulated_gpus_cap_is_held_inside_and_given_back(board, tmp_path):
+    async def main():
+        async with GpuSettings(f"sim:{tmp_path / 'board'}", [1], None, 400.0):
+            return [board.cap_w(gpu) for gpu in range(3)]
+
+    assert asyncio.run(main()) == [700, 400, 700]
+    assert board.cap_w(1) == 700
 
 
 def test_a_missing_driver_is_an_error(tmp_path):
