@@ -171,7 +171,7 @@ def probe(plan: Plan) -> dict[str, Any]:
         return {"lines": None, "why": "a simulated GPU's sensors are known, not probed"}
     kept, why = plan.work / "probe.txt", None
     if not kept.is_file():
-        options = ["probe", "--gpus", str(plan.gpu), "--seconds", f"{plan.probe_s:g}"]
+        options = ["probe", "--gpus", str(plan.gpu), "--seconds", f"{plan.probe_s:g}", "--idle", f"{plan.idle_s:g}s"]
         try:
             text = command(plan, *options)
         except ReplayError as error:
