@@ -119,7 +119,7 @@ class VirtualEngines:
     def feed(self, arrivals: RecordArray) -> Iterator[Output]:
         """Let `arrivals` (ARRIVAL, ascending, none before those fed already) come in; what happens until the last.
 
-        Each request must fit the KV cache as a whole (`fits`). Its `number` counts the requests fed before it.
+        Each request must fit the KV cache as a whole. Its `number` counts the requests fed before it.
         """
         if arrivals.size:
             self._widen(int((arrivals["prompt"].astype(np.int64) + arrivals["output"]).max()))
@@ -140,12 +140,6 @@ class VirtualEngines:
         while not drain(self._lanes, self._machine, self._buffers):
             yield self._take()
         yield self._take()
-
-    def fits(self, prompt: npt.NDArray[np.int32], output: npt.NDArray[np.int32]) -> npt.NDArray[np.bool_]:
-        """Which requests of these sizes can ever run; a last token is never written to the cache."""
-        needed = -(-(prompt.astype(np.int64) + output - 1) // self.limits.block_tokens)
-        fitting: npt.NDArray[np.bool_] = needed <= self.limits.kv_tokens // self.limits.block_tokens
-        return fitting
 
     @property
     def preemptions(self) -> int:
