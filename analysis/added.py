@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import polars as pl
 
-from analysis.energy import Account, accounts
+from analysis.accounts import Account, accounts
 from analysis.load import Floats, RunData, load_run
 from analysis.model import TINY, pace_of
 from analysis.steps import (
@@ -25,7 +25,6 @@ from analysis.steps import (
     sum_segments,
     take,
 )
-from analysis.summary import CLIENT
 from replay.rundir import Run
 from tracegen.errors import AnalysisError
 
@@ -62,9 +61,8 @@ def added_energy(run: Run, request_ids: Collection[int]) -> Added:
     Raises `AnalysisError` for a run without step records and where none of the requests was in a step.
     """
     data = load_run(run)
-    ids = pl.concat([data.requests["request_id"], data.unrecorded])
-    wanted = np.flatnonzero(ids.is_in(list(request_ids)).to_numpy())
-    result = [_added(account, wanted) for account in _with_steps(data)]
+    wanted = np.flatnonzero(data.ids.is_in(list(request_ids)).to_numpy())
+    result = [_added(data, account, wanted) for account in _with_steps(data)]
     found = sum(part.requests for part in result)
     if not found:
         raise AnalysisError(f"{run.path}: none of the {len(request_ids)} requests was in an engine step")
@@ -96,6 +94,7 @@ def predict_requests(fitted: Run, run: Run) -> pl.DataFrame:
     model_of = _with_steps(a)[0]
     assert model_of.model is not None
     pace = _usual_pace(model_of)
+    counted = run.scan("requests", ["request_id", "input_tokens", "output_tokens"]).collect()
     frames: list[pl.DataFrame] = []
     for account in _with_steps(b):
         steps = account.steps
@@ -111,7 +110,8 @@ def predict_requests(fitted: Run, run: Run) -> pl.DataFrame:
         wide_j = _measured(account, start_s - MARGIN_S, end_s + MARGIN_S) - 2 * MARGIN_S * account.idle_w[last]
         frames.append(
             b.requests[request]
-            .select("request_id", "input_tokens", "output_tokens")
+            .select("request_id")
+            .join(counted, on="request_id", how="left", maintain_order="left")
             .with_columns(
                 steps=pl.Series(last - first + 1, dtype=pl.Int64),
                 seconds=pl.Series(end_s - start_s),
@@ -126,7 +126,7 @@ def predict_requests(fitted: Run, run: Run) -> pl.DataFrame:
 
 def _with_steps(data: RunData) -> list[Account]:
     """The accounts of the instances that recorded steps. Raises `AnalysisError` where there are none."""
-    known = [a for a in accounts(data) if a.model is not None and a.membership != CLIENT]
+    known = [a for a in accounts(data) if a.model is not None and a.instance.recorded]
     if not known:
         raise AnalysisError(f"{data.run.path}: has no step records, so nothing can be predicted from it")
     return known
@@ -166,7 +166,7 @@ def _spans(account: Account, requests: int) -> tuple[Ints, Ints, Ints]:
     return request, first[request], last[request]
 
 
-def _added(account: Account, wanted: Ints) -> Added:
+def _added(data: RunData, account: Account, wanted: Ints) -> Added:
     """`added_energy` for one instance; `wanted` are rows of the run's requests."""
     steps, segments, model, idle_w = account.steps, account.segments, account.model, account.idle_w
     assert model is not None
@@ -187,7 +187,7 @@ def _added(account: Account, wanted: Ints) -> Added:
     inside = account.balance.step_j > 0
     freed_s = pace * inside * np.where(others, before_s - after_s, before_s)
     meter_j, played_rel = None, None
-    why = _queued(account)
+    why = _queued(data, account)
     if why is None:
         tasks = _tasks(account)
         all_j = _play_above_idle(account, tasks)
@@ -206,11 +206,12 @@ def _added(account: Account, wanted: Ints) -> Added:
     )
 
 
-def _queued(account: Account) -> str | None:
+def _queued(data: RunData, account: Account) -> str | None:
     """Why what the engine would have done otherwise cannot be told; None where it can."""
-    assert account.instance.steps is not None
-    waiting = account.instance.steps.filter(pl.col("end_s") > 0)["waiting"].fill_null(0)
-    queued = float(np.mean(waiting.to_numpy() > 0))
+    table = data.run.scan("steps", ["instance", "end_ns", "waiting"])
+    begin_ns = data.window_ns[0] + account.instance.offset_ns
+    mine = (pl.col("instance") == account.instance.instance) & (pl.col("end_ns") > begin_ns)
+    queued = float(table.filter(mine).select((pl.col("waiting").fill_null(0) > 0).mean()).collect().item() or 0.0)
     if queued <= QUEUED_REL:
         return None
     return f"requests were left waiting in {100 * queued:.0f} % of the engine's steps: it was saturated"

@@ -42,21 +42,36 @@ class Balance:
     measured_j: Floats  # (m,)
     idle_j: Floats  # (m,)
     step_j: Floats  # (n,)
-    misfit_rel: float  # rms over blocks of measured over modelled, minus 1
+
+
+def cut_times(start_s: Floats, end_s: Floats, begin_s: float, until_s: float, *, final: bool) -> list[float]:
+    """Cuts from `begin_s` on in idle stretches, or else between steps of `start_s` to `end_s`.
+
+    `final`: nothing follows, and the last cut is `until_s`. Else it is the last one that what follows cannot move; a
+    stretch without steps can be cut wherever it ends.
+    """
+    gap_s = start_s[1:] - end_s[:-1]
+    idle_s = ((start_s[1:] + end_s[:-1]) / 2)[gap_s > CUT_IDLE_S]
+    cuts = [begin_s]
+    if start_s.size == 0:
+        return [begin_s, until_s] if until_s > begin_s else cuts
+    while until_s - cuts[-1] > USUAL_S:
+        cut = _next_cut(idle_s, start_s, cuts[-1])
+        if cut is None or cut > until_s - (SHORTEST_S / 2 if final else LONGEST_S):
+            break
+        cuts.append(cut)
+    return [*cuts, until_s] if final else cuts
 
 
 def cut_blocks(steps: Steps, duration_s: float) -> Blocks:
     """Cut `[0, duration_s]` in idle stretches, or else between steps."""
     start_s, end_s = np.clip(steps.start_s, 0, duration_s), np.clip(steps.end_s, 0, duration_s)
-    gap_s = start_s[1:] - end_s[:-1]
-    idle_s = ((start_s[1:] + end_s[:-1]) / 2)[gap_s > CUT_IDLE_S]
-    cuts = [0.0]
-    while duration_s - cuts[-1] > USUAL_S:
-        cut = _next_cut(idle_s, start_s, cuts[-1])
-        if cut is None or cut > duration_s - SHORTEST_S / 2:
-            break
-        cuts.append(cut)
-    cuts_s = np.array([*cuts, duration_s])
+    return blocks_between(start_s, end_s, cut_times(start_s, end_s, 0.0, duration_s, final=True))
+
+
+def blocks_between(start_s: Floats, end_s: Floats, cuts: list[float]) -> Blocks:
+    """The blocks between `cuts`, of steps all of which are in one of them."""
+    cuts_s = np.array(cuts)
     block = np.searchsorted(cuts_s[1:-1], (start_s + end_s) / 2, side="right")
     first = np.searchsorted(block, np.arange(cuts_s.size))
     return Blocks(cuts_s, first.astype(np.int64), block.astype(np.int64))
@@ -72,33 +87,41 @@ def _next_cut(idle_s: Floats, start_s: Floats, last_s: float) -> float | None:
     return min(candidates, default=None)
 
 
-def balance(
-    blocks: Blocks,
-    steps: Steps,
-    modelled_j: Floats,
-    measured_j: Floats,
-    idle_w: Callable[[Floats], Floats],
-    idle_se_w: float,
-) -> Balance:
-    """Make `modelled_j` (n,) and idle power agree with `measured_j` (m,) in every block, nothing below zero."""
-    duration_s = float(blocks.cuts_s[-1])
-    inside_s = np.clip(steps.end_s, 0, duration_s) - np.clip(steps.start_s, 0, duration_s)
+@dataclass(frozen=True)
+class Expected:
+    """What idle power and the model expect of each block; arrays (m,)."""
+
+    idle_s: Floats
+    idle_j: Floats
+    busy_j: Floats
+
+
+def expect(blocks: Blocks, steps: Steps, modelled_j: Floats, idle_w: Callable[[Floats], Floats]) -> Expected:
+    """Sum up `modelled_j` (n,) by block, and idle power over the time that is left of it."""
+    begin_s, until_s = float(blocks.cuts_s[0]), float(blocks.cuts_s[-1])
+    inside_s = np.clip(steps.end_s, begin_s, until_s) - np.clip(steps.start_s, begin_s, until_s)
     idle_s = np.maximum(np.diff(blocks.cuts_s) - blocks.sums(inside_s), 0.0)
     idle_s[idle_s < 1e-9] = 0.0  # what rounding leaves of a block without a gap
     idle_j = idle_w((blocks.cuts_s[1:] + blocks.cuts_s[:-1]) / 2) * idle_s
-    busy_j = blocks.sums(modelled_j)
-    misfit = _misfit(measured_j - idle_j, busy_j)
-    variance_idle, variance_busy = (idle_se_w * idle_s) ** 2, (max(misfit, LEAST_MISFIT) * busy_j) ** 2
+    return Expected(idle_s, idle_j, blocks.sums(modelled_j))
+
+
+def balance(
+    blocks: Blocks, expected: Expected, modelled_j: Floats, measured_j: Floats, idle_se_w: float, misfit_rel: float
+) -> Balance:
+    """Make `modelled_j` (n,) and idle power agree with `measured_j` (m,) in every block, nothing below zero."""
+    idle_s, idle_j, busy_j = expected.idle_s, expected.idle_j, expected.busy_j
+    variance_idle, variance_busy = (idle_se_w * idle_s) ** 2, (max(misfit_rel, LEAST_MISFIT) * busy_j) ** 2
     whole = variance_idle + variance_busy
     part = np.divide(variance_idle, whole, out=np.zeros_like(whole), where=whole > 0)
     idle_j = np.clip(idle_j + part * (measured_j - idle_j - busy_j), 0.0, measured_j)
     idle_j = np.where(busy_j > 0, np.where(idle_s > 0, idle_j, 0.0), measured_j)
     factor = np.divide(measured_j - idle_j, busy_j, out=np.zeros_like(busy_j), where=busy_j > 0)
-    return Balance(measured_j, idle_j, modelled_j * factor[blocks.block], misfit)
+    return Balance(measured_j, idle_j, modelled_j * factor[blocks.block])
 
 
-def _misfit(measured_j: Floats, modelled_j: Floats) -> float:
-    """Rms of measured over modelled minus 1, weighted by energy, over blocks that are mostly busy."""
+def misfit(measured_j: Floats, modelled_j: Floats) -> float:
+    """Rms over blocks of measured over modelled, minus 1, weighted by energy, of those that are mostly busy."""
     busy = modelled_j > 0.05 * modelled_j.max(initial=TINY)
     if not busy.any():
         return 0.0

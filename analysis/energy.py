@@ -1,12 +1,12 @@
 """What each request of a run cost in energy: `attribute` computes it, `write_energy` keeps it in the run's `energy/`.
 
-Per engine instance: the energy curve of its GPUs, idle power, a step model, Aumann-Shapley prices, conservation block
-by block, prefix sums over segments. The truth table of a simulated run is never read here. `accounts` gives what that
-rests on, for questions beyond who pays what.
+Per engine instance: the energy curve of its GPUs, idle power, a step model, prices, conservation block by block, and
+running sums over segments; all of it slab by slab, so that memory does not grow with a run's length but by requests
+and segments. The truth table of a simulated run is never read here.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,15 +14,16 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from analysis.blocks import Balance, Blocks, balance, cut_blocks
-from analysis.idle import Idle, idle_power
-from analysis.load import Floats, GpuData, InstanceData, RunData, load_run
-from analysis.membership import from_client
-from analysis.model import TINY, LinearModel, Model, Parts, Quality, fit_model
+from analysis.accounts import Account, Fitted, account, fit_run, slabs_of
+from analysis.kernels import add_by_request
+from analysis.load import Floats, InstanceData, RunData, load_run
+from analysis.meters import Meters
+from analysis.model import TINY
+from analysis.slabs import RunSlabs, Slab
 from analysis.split import MARGINAL, METHOD_NAMES, METHODS, Shares, scale_parts, share, share_marginal
-from analysis.steps import PREFILL, Bools, Segments, Steps, from_records, no_steps
+from analysis.steps import PREFILL, Bools
 from analysis.summary import CLIENT, RECORDS, InstanceEnergy, summarize
-from analysis.timeline import GpuTimeline, read_timeline
+from analysis.uncertainty import shapley_variance
 from replay.rundir import Run
 from tracegen.console import format_si
 from tracegen.errors import AnalysisError
@@ -55,199 +56,157 @@ def attribute(run: Run, method: str = DEFAULT_METHOD, scope: str = "gpu") -> Ene
     return attribute_methods(run, [method], scope)[method]
 
 
-def attribute_methods(run: Run, methods: Sequence[str], scope: str = "gpu") -> dict[str, Energy]:
-    """`attribute` by several methods at the price of reading and fitting once."""
+def attribute_methods(
+    run: Run,
+    methods: Sequence[str],
+    scope: str = "gpu",
+    progress: Callable[[float], None] = lambda _: None,
+    **options: int,
+) -> dict[str, Energy]:
+    """`attribute` by several methods at the price of reading and fitting once.
+
+    `progress` is told the part that is done; `options` are those of `RunSlabs`.
+    """
     for method in methods:
         if method not in METHOD_NAMES:
             raise AnalysisError(f"method '{method}' is unknown; use one of {', '.join(METHOD_NAMES)}")
     data = load_run(run, scope)
-    known = accounts(data)
-    seen = np.any([account.seen for account in known], axis=0)[: data.requests.height]
-    return {m: _energy(data, [_share_out(data, account, m) for account in known], m, seen) for m in methods}
+    slabs, remarks = slabs_of(data, **options)
+    data = replace(data, notes=(*data.notes, *remarks))
+    fitted, parts = _fitted(data, slabs)
+    tallies = {m: [_Tally(data, i, fit, m) for i, fit in zip(data.instances, fitted, strict=True)] for m in methods}
+    meters = [Meters(data, instance) for instance in data.instances]
+    for done, part in enumerate(parts):
+        for i, slab in enumerate(part):
+            known = account(data, slab, fitted[i], meters[i].known())
+            meters[i].add(known)
+            for method in methods:
+                tallies[method][i].add(known)
+        progress((done + 1) / slabs.count)
+    data = replace(data, notes=(*data.notes, *(note for meter in meters for note in meter.notes())))
+    return {
+        m: _energy(data, [t.total(meter) for t, meter in zip(tallies[m], meters, strict=True)], m, tallies[m])
+        for m in methods
+    }
 
 
-def accounts(data: RunData) -> "list[Account]":
-    """What attribution knows of each instance of a run. Raises as `attribute` does."""
-    # Requests of the trace whose end was not recorded stand behind the others, so that their work is known as theirs.
-    ids = pl.concat([data.requests["request_id"], data.unrecorded])
-    members = [_members(data, instance, ids) for instance in data.instances]
-    return [_account(data, inst, member, len(ids)) for inst, member in zip(data.instances, members, strict=True)]
+def _fitted(data: RunData, slabs: RunSlabs) -> tuple[list[Fitted], Iterator[list[Slab]]]:
+    """What is fitted on each instance, and the run's slabs."""
+    if slabs.count > 1:
+        return fit_run(data, slabs.sample()), iter(slabs)
+    whole = list(slabs)
+    return fit_run(data, whole), iter(whole)
 
 
-def measured_curves(data: RunData) -> list[tuple[GpuData, GpuTimeline]]:
-    """Each accounted GPU with what its sensors say. Raises `AnalysisError` for one that says nothing."""
-    return [(gpu, _timeline(data, gpu)) for instance in data.instances for gpu in instance.gpus]
+class _Tally:
+    """One instance's energy by request, by one method, summed up slab by slab."""
 
+    def __init__(self, data: RunData, instance: InstanceData, fitted: Fitted, method: str) -> None:
+        self._instance, self._fitted, self._method = instance, fitted, method
+        self._count, self._known = data.requests.height, len(data.ids)
+        names = ("prefill", "decode", "shared", "steps", "time", "other_answer", "equal")
+        self._sums = {name: np.zeros(self._count) for name in names}
+        self._unrecorded_j, self._other_j, self._idle_j, self._measured_j = np.zeros(self._known), 0.0, 0.0, 0.0
+        self.seen = np.zeros(self._known, dtype=bool)
+        self._membership: str | None = None
 
-@dataclass(frozen=True)
-class Account:
-    """An instance up to the point where methods part."""
+    def add(self, account: Account) -> None:
+        """Add a slab."""
+        segments = account.segments
+        self._measured_j += float(account.balance.measured_j.sum())
+        self._idle_j += float(account.balance.idle_j.sum())
+        if not len(account.steps):
+            return
+        self._membership = RECORDS if self._instance.recorded else CLIENT
+        shares = _shares(account, self._method)
+        ours = (segments.request >= 0) & (segments.request < self._count)
+        prefill = segments.kind == PREFILL
+        self._add("prefill", account, ours & prefill, shares.energy_j)
+        self._add("decode", account, ours & ~prefill, shares.energy_j)
+        self._add("shared", account, ours, shares.shared_j)
+        self._add("steps", account, ours, shares.steps)
+        self._add("time", account, ours, shares.time_s)
+        other = _other_answer(account, self._method, self._membership, shares)
+        self._add("other_answer", account, ours, (shares if other is None else other).energy_j)
+        if self._model_opinion(self._method):
+            self._add("equal", account, ours, _shares(account, "equal-time").energy_j)
+        self._other_j += float(shares.energy_j[~ours].sum()) + shares.unlisted_j
+        add_by_request(segments.request, segments.request >= self._count, shares.energy_j, self._unrecorded_j)
+        before = np.concatenate([[0], np.cumsum(account.balance.step_j > 0)])
+        costly = (before[segments.last + 1] > before[segments.first]) & (segments.request >= 0)
+        self.seen[segments.request[costly]] = True
 
-    instance: InstanceData
-    membership: str | None
-    steps: Steps
-    segments: Segments  # `request` counts the rows of the run's requests, then the trace's that were not recorded
-    seen: Bools  # by the same rows: whether the request was in a step inside the window
-    model: Model | None  # None without steps
-    idle_w: Floats  # (n,) of the whole group, by step
-    parts: Parts
-    rival: tuple[Model, Parts] | None  # the linear model, where that is not the model itself
-    blocks: Blocks
-    balance: Balance
-    quality: Quality | None
-    idle: tuple[Idle, ...]
-    timelines: tuple[GpuTimeline, ...]
+    def _add(self, name: str, account: Account, rows: Bools, values: Floats) -> None:
+        add_by_request(account.segments.request, rows, values, self._sums[name])
 
+    def total(self, meters: Meters) -> InstanceEnergy:
+        """What it came to."""
+        sums, unrecorded = self._sums, self._unrecorded_j[self._count :]
+        energy_j = sums["prefill"] + sums["decode"]
+        quality = self._fitted.quality
+        if quality is not None and self._model_opinion(self._method):
+            variance = shapley_variance(
+                energy_j,
+                sums["other_answer"],
+                sums["equal"],
+                quality.duration_rel_rms or 0.0,
+                self._instance.clock_error_s / np.maximum(sums["time"], 1e-3),
+            )
+        else:
+            variance = self._variance(energy_j) + (energy_j - sums["other_answer"]) ** 2
+        return InstanceEnergy(
+            instance=self._instance.instance,
+            membership=self._membership,
+            prefill_j=sums["prefill"],
+            decode_j=sums["decode"],
+            shared_j=sums["shared"],
+            variance=variance,
+            measured_j=self._measured_j,
+            idle_j=self._idle_j,
+            other_j=self._other_j,
+            unrecorded_j=float(unrecorded.sum()),
+            unrecorded=int(self.seen[self._count :].sum()),
+            quality=self._fitted.quality,
+            misfit_rel=self._fitted.misfit_rel,
+            idle=self._fitted.idle,
+            regimes=self._fitted.regimes,
+            timelines=meters.facts(self._fitted),
+        )
 
-def _members(data: RunData, instance: InstanceData, ids: pl.Series) -> tuple[str | None, Steps, Segments]:
-    """Steps and segments of an instance, and where they come from."""
-    if instance.steps is not None and instance.segments is not None:
-        source = str(data.run.path / "segments.parquet")
-        return RECORDS, *from_records(instance, ids, source)
-    rebuilt = from_client(instance, ids, data.duration_s)
-    if rebuilt is not None:
-        return CLIENT, *rebuilt
-    return None, *no_steps()
+    def _model_opinion(self, method: str) -> bool:
+        """Whether errors are told by `analysis.uncertainty`."""
+        return self._instance.recorded and bool(self._fitted.rivals) and method == DEFAULT_METHOD
 
+    def _variance(self, energy_j: Floats) -> Floats:
+        """Variance of each request's energy, J², as far as the residuals tell it; with a model: `uncertainty`.
 
-def _account(
-    data: RunData, instance: InstanceData, member: tuple[str | None, Steps, Segments], requests: int
-) -> Account:
-    """Fit the step model of an instance and make it agree with the meter."""
-    membership, steps, segments = member
-    duration_s = data.duration_s
-    timelines = tuple(_timeline(data, gpu) for gpu in instance.gpus)
-    idle = tuple(_idle(data, g, t, t.curve.source, steps) for g, t in zip(instance.gpus, timelines, strict=True))
-    blocks = cut_blocks(steps, duration_s)
-    measured_j = np.sum([np.diff(t.curve.at(blocks.cuts_s)) for t in timelines], axis=0)
-
-    def idle_w(t_s: Floats) -> Floats:
-        return np.asarray(np.sum([i.at(t_s, duration_s) for i in idle], axis=0))
-
-    parts, model, rival, quality = Parts(np.zeros(0), np.zeros(0), np.zeros((0, 4))), None, None, None
-    step_idle_w = idle_w(steps.end_s)
-    if len(steps):
-        windows = []
-        for gpu, line in zip(instance.gpus, timelines, strict=True):
-            rest = _idle(data, gpu, line, line.windows.source, steps)
-            windows.append((line.windows, rest.at(line.windows.end_s, duration_s)))
-        model, quality = fit_model(steps, windows)
-        parts = _inside(model.parts(steps, step_idle_w), steps, duration_s)
-        if not isinstance(model, LinearModel):
-            straight, _ = fit_model(steps, windows, linear=True)
-            rival = straight, _inside(straight.parts(steps, step_idle_w), steps, duration_s)
-    settled = balance(blocks, steps, parts.total, measured_j, idle_w, float(np.sum([i.se_w for i in idle])))
-    return Account(
-        instance=instance,
-        membership=membership,
-        steps=steps,
-        segments=segments,
-        seen=_seen(segments, settled.step_j, requests),
-        model=model,
-        idle_w=step_idle_w,
-        parts=parts,
-        rival=rival,
-        blocks=blocks,
-        balance=settled,
-        quality=quality,
-        idle=idle,
-        timelines=timelines,
-    )
-
-
-def _seen(segments: Segments, step_j: Floats, requests: int) -> Bools:
-    """Which of so many requests were in a step that cost something, that is one inside the window."""
-    before = np.concatenate([[0], np.cumsum(step_j > 0)])
-    costly = (before[segments.last + 1] > before[segments.first]) & (segments.request >= 0)
-    seen = np.zeros(requests, dtype=bool)
-    seen[segments.request[costly]] = True
-    return seen
-
-
-def _timeline(data: RunData, gpu: GpuData) -> GpuTimeline:
-    line = read_timeline(gpu, data.duration_s)
-    if isinstance(line, str):
-        raise AnalysisError(f"{data.run.path / 'power.parquet'}: {line}")
-    return line
-
-
-def _idle(data: RunData, gpu: GpuData, line: GpuTimeline, source: str, steps: Steps) -> Idle:
-    return idle_power(gpu, source, line.curve, [steps], data.duration_s, str(data.run.path))
-
-
-def _inside(parts: Parts, steps: Steps, duration_s: float) -> Parts:
-    """`parts` for the part of each step that lies inside the window."""
-    inside_s = np.clip(steps.end_s, 0, duration_s) - np.clip(steps.start_s, 0, duration_s)
-    span_s = steps.end_s - steps.start_s
-    fraction = np.divide(inside_s, span_s, out=np.zeros_like(span_s), where=span_s > 0)
-    return Parts(parts.total * fraction, parts.shared * fraction, parts.price * fraction[:, None])
-
-
-def _share_out(data: RunData, account: Account, method: str) -> InstanceEnergy:
-    """An instance's energy by request, by `method`."""
-    count = data.requests.height
-    segments = account.segments
-    shares = _shares(account, method)
-    ours = (segments.request >= 0) & (segments.request < count)
-    unrecorded = segments.request >= count
-    prefill = ours & (segments.kind == PREFILL)
-
-    def by_request(values: Floats, rows: Bools) -> Floats:
-        return np.bincount(segments.request[rows], weights=values[rows], minlength=count).astype(np.float64)
-
-    energy_j = by_request(shares.energy_j, ours)
-    variance = _variance(account, energy_j, by_request(shares.steps, ours), by_request(shares.time_s, ours))
-    other = _other_answer(account, method)
-    if other is not None:
-        variance += (energy_j - by_request(other.energy_j, ours)) ** 2
-    return InstanceEnergy(
-        instance=account.instance.instance,
-        membership=account.membership,
-        prefill_j=by_request(shares.energy_j, prefill),
-        decode_j=by_request(shares.energy_j, ours & ~prefill),
-        shared_j=by_request(shares.shared_j, ours),
-        variance=variance,
-        measured_j=float(account.balance.measured_j.sum()),
-        idle_j=float(account.balance.idle_j.sum()),
-        other_j=float(shares.energy_j[~ours].sum()) + shares.unlisted_j,
-        unrecorded_j=float(shares.energy_j[unrecorded].sum()),
-        unrecorded=int(np.unique(segments.request[unrecorded]).size),
-        quality=account.quality,
-        misfit_rel=account.balance.misfit_rel,
-        idle=account.idle,
-        timelines=account.timelines,
-    )
+        `energy_se_j² = energy_j²·(m² + (d² + w²)/n + (t/T)²) + Δ²`: m the model's misfit between blocks, which does
+        not average out in a request; d and w the relative residuals of step durations and sensor windows, over the
+        request's n steps; t the dating error (a poll's, and the clock offset's bound) over its T seconds; Δ what
+        another answer to the same question differs by (`_other_answer`).
+        """
+        quality = self._fitted.quality
+        if quality is None:
+            return np.zeros_like(energy_j)
+        noise = (quality.duration_rel_rms or 0.0) ** 2 + (quality.power_rel_rms or 0.0) ** 2
+        dating_s2 = self._fitted.poll_s**2 / 12 + self._instance.clock_error_s**2
+        steps, time_s = np.maximum(self._sums["steps"], 1), np.maximum(self._sums["time"], 1e-3)
+        return np.asarray(energy_j**2 * (self._fitted.misfit_rel**2 + noise / steps + dating_s2 / time_s**2))
 
 
 def _shares(account: Account, method: str, *, rival: bool = False) -> Shares:
     """What each segment pays, by `method` and the instance's model or its rival."""
-    steps, step_j = account.steps, account.balance.step_j
-    model, parts = account.rival if rival and account.rival is not None else (account.model, account.parts)
+    steps, step_j, fitted = account.steps, account.balance.step_j, account.fitted
+    alone = rival and account.rival is not None
+    model, parts = (fitted.rival if alone else fitted.model), (account.rival if alone else account.parts)
+    assert parts is not None
     if method == MARGINAL and model is not None:
         return share_marginal(model, steps, account.segments, account.idle_w, step_j)
     prices = METHODS.get(method, METHODS[DEFAULT_METHOD])(scale_parts(parts, step_j), steps)
     return share(prices, steps, account.segments, account.blocks)
 
 
-def _variance(account: Account, energy_j: Floats, steps: Floats, time_s: Floats) -> Floats:
-    """Variance of each request's energy, J², as far as the residuals tell it.
-
-    `energy_se_j² = energy_j²·(m² + (d² + w²)/n + (t/T)²) + Δ²`: m the model's misfit between blocks, which does not
-    average out in a request; d and w the relative residuals of step durations and sensor windows, over the request's n
-    steps; t the dating error (a poll's, and the clock offset's bound) over its T seconds; Δ what another answer to
-    the same question differs by (`_other_answer`).
-    """
-    quality = account.quality
-    if quality is None:
-        return np.zeros_like(energy_j)
-    noise = (quality.duration_rel_rms or 0.0) ** 2 + (quality.power_rel_rms or 0.0) ** 2
-    poll_s = max(float(np.median(np.diff(g.t_s))) if g.t_s.size > 1 else 0.0 for g in account.instance.gpus)
-    dating_s2 = poll_s**2 / 12 + account.instance.clock_error_s**2
-    relative = account.balance.misfit_rel**2 + noise / np.maximum(steps, 1) + dating_s2 / np.maximum(time_s, 1e-3) ** 2
-    return np.asarray(energy_j**2 * relative)
-
-
-def _other_answer(account: Account, method: str) -> Shares | None:
+def _other_answer(account: Account, method: str, membership: str, own: Shares) -> Shares | None:
     """A second opinion whose difference counts as error: the linear model's answer, or an equal split.
 
     The equal split stands against membership by client timestamps, where who did what is a guess; `marginal` is as far
@@ -255,18 +214,19 @@ def _other_answer(account: Account, method: str) -> Shares | None:
     """
     if method not in {DEFAULT_METHOD, MARGINAL}:
         return None
-    if account.membership == CLIENT:
-        equal, priced, own = (_shares(account, m) for m in ("equal-time", DEFAULT_METHOD, method))
+    if membership == CLIENT:
+        equal, priced = (_shares(account, m) for m in ("equal-time", DEFAULT_METHOD))
         ratio = np.divide(equal.energy_j, priced.energy_j, out=np.ones_like(own.energy_j), where=priced.energy_j > TINY)
         return replace(own, energy_j=own.energy_j * ratio)
     return None if account.rival is None else _shares(account, method, rival=True)
 
 
-def _energy(data: RunData, parts: list[InstanceEnergy], method: str, seen: Bools) -> Energy:
-    """The run's table and summary from its instances; `seen`: which requests were in a step."""
+def _energy(data: RunData, parts: list[InstanceEnergy], method: str, tallies: list[_Tally]) -> Energy:
+    """The run's table and summary from its instances."""
     prefill_j, decode_j, shared_j, variance = (
         np.sum([getattr(p, name) for p in parts], axis=0) for name in ("prefill_j", "decode_j", "shared_j", "variance")
     )
+    seen = np.any([tally.seen for tally in tallies], axis=0)[: data.requests.height]
     unknown = _unknown(data, parts, seen)
     frame = pl.DataFrame(
         {
@@ -295,7 +255,7 @@ def _unknown(data: RunData, parts: list[InstanceEnergy], seen: Bools) -> Bools:
     was lost. Without step records nothing is known of a request that left no trace in time.
     """
     recorded = [p.instance for p in parts if p.membership == RECORDS]
-    got_tokens = pl.col("first_token_ns").is_not_null() | (pl.col("status") == "ok")
+    got_tokens = pl.col("first_token_s").is_not_null() | (pl.col("status") == "ok")
     idle_for_sure = data.requests.select(pl.col("instance").is_in(recorded) & ~got_tokens).to_series().fill_null(False)
     return np.asarray(~seen & ~idle_for_sure.to_numpy())
 

@@ -1,4 +1,6 @@
-"""What attribution needs of a run directory, checked and brought onto one clock.
+"""What attribution must know of a run before it reads the bulk of it: who ran where, when, and on which GPUs.
+
+Segments are read by `analysis.members`, steps and power readings by `analysis.slabs`, some at a time.
 
 All times are moved to the replayer's clock (`t - offset_ns` of the host that wrote them: the manifest's `offset_ns` is
 that host's clock minus the replayer's) and given in seconds from the window's start, as float64: over a week that
@@ -14,16 +16,18 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from analysis.checks import check_manifest, check_segments
-from replay.rundir import MANIFEST, Run
+from analysis.checks import check_manifest, check_requests, check_segments, check_steps
+from replay.rundir import MANIFEST, Run, read_group, row_groups
 from tracegen.errors import AnalysisError, RunError
 
 Floats = NDArray[np.float64]
 NS_PER_S = 1e9
-MANY = 3  # GPUs; more are not named one by one
-# A poll that failed, as of a GPU that fell off the bus.
-_UNREAD = pl.all_horizontal(pl.col("power_instant_mw", "power_average_mw", "energy_mj").is_null())
 HOLE_S = 0.5  # between readings of a GPU; the run's verdict on its sensor has the same bound
+MANY = 3  # GPUs; more are not named one by one
+VALUES = ("power_instant_mw", "power_average_mw", "energy_mj")
+UNREAD = pl.all_horizontal(pl.col(VALUES).is_null())  # a poll that failed, as of a GPU that fell off the bus
+_TIMES = ("sent_ns", "first_token_ns", "last_token_ns", "done_ns")
+_SERVED = ("input_tokens", "output_tokens", "cached_tokens")
 
 
 @dataclass(frozen=True)
@@ -36,10 +40,12 @@ class GpuData:
     sensor_s: Floats  # when the instant sensor last updated
     instant_w: Floats
     average_w: Floats
-    counter_j: Floats
+    counter_j: Floats  # as counted, not from the run's start
     idle_before_w: Mapping[str, float]  # by source: counter, instant, average
     idle_after_w: Mapping[str, float]
     sensors: Mapping[str, Mapping[str, float]]  # by source: period_ns, window_ns, lag_ns
+    sm_clock_mhz: Floats = field(default_factory=lambda: np.zeros(0))  # empty: nothing is known of it
+    throttle_reasons: Floats = field(default_factory=lambda: np.zeros(0))  # NVML's bits; empty: nothing is known
 
     @property
     def name(self) -> str:
@@ -58,19 +64,22 @@ class CpuData:
 
 @dataclass(frozen=True)
 class InstanceData:
-    """One engine instance: its GPUs and, where the engine wrote them, its steps and segments."""
+    """One engine instance and its GPUs, these without readings."""
 
     instance: int | None  # None: GPUs that no instance uses
     gpus: tuple[GpuData, ...]
-    requests: pl.DataFrame  # request_id, sent_s, first_token_s, last_token_s, done_s, input_tokens, ...
-    steps: pl.DataFrame | None  # STEPS and start_s, end_s, in order of time
-    segments: pl.DataFrame | None
-    clock_error_s: float  # bound of the host's clock offset
+    recorded: bool  # whether the engine wrote steps and segments
+    offset_ns: int  # of its host's clock to the replayer's
+    clock_error_s: float  # bound of that
 
 
 @dataclass(frozen=True)
 class RunData:
-    """A run as attribution sees it; `window_ns` is on the replayer's clock, everything else counts from its start."""
+    """A run as attribution sees it; `window_ns` is on the replayer's clock, everything else counts from its start.
+
+    `requests` has request_id, instance and status, sent_s, first_token_s, last_token_s and done_s, and where an
+    instance has no step records input_tokens, output_tokens and cached_tokens.
+    """
 
     run: Run
     window_ns: tuple[int, int]
@@ -78,6 +87,8 @@ class RunData:
     requests: pl.DataFrame
     unrecorded: pl.Series  # request ids of the trace that are not in requests.parquet
     scope: str
+    offsets_ns: Mapping[str, int]  # of each host's clock to the replayer's
+    named_host: str | None  # the one host that the manifest names, which readings without a host are of
     notes: tuple[str, ...] = field(default=())
     cpu: tuple[CpuData, ...] | None = None  # None: the run has no table of it
 
@@ -85,6 +96,11 @@ class RunData:
     def duration_s(self) -> float:
         """The window's length."""
         return (self.window_ns[1] - self.window_ns[0]) / NS_PER_S
+
+    @property
+    def ids(self) -> pl.Series:
+        """Ids of the requests by row, then the trace's whose end was not recorded: their work is known as theirs."""
+        return pl.concat([self.requests["request_id"], self.unrecorded])
 
 
 SCOPES = ("gpu", "node")
@@ -98,7 +114,7 @@ def open_run(path: str | Path) -> Run:
 
 
 def load_run(run: Run, scope: str = "gpu") -> RunData:
-    """Collect what attribution needs from `run`.
+    """What attribution needs to know of `run` first.
 
     `scope` is `gpu` (the GPUs of the engine instances) or `node` (every GPU that was sampled). Raises `RunError` or
     `AnalysisError` with the file and column or key that is missing or wrong.
@@ -106,6 +122,49 @@ def load_run(run: Run, scope: str = "gpu") -> RunData:
     if scope not in SCOPES:
         raise AnalysisError(f"scope '{scope}' is unknown; use {' or '.join(SCOPES)}")
     check_manifest(run)
+    _check_power(run)
+    hosts = _by_host(run)
+    offsets = {host: _offset_ns(hosts, host) for host in hosts}
+    named = {str(i["host"]) for i in _manifest_instances(run) if i.get("host")}
+    host = named.pop() if len(named) == 1 else None
+    polled = _polled(run, host, offsets)
+    wanted = _wanted_gpus(run, polled, scope)
+    in_steps, in_segments = _instances_of(run, "steps"), _instances_of(run, "segments")
+    recorded = in_steps & in_segments
+    of_host = {int(i["instance"]): _offset_ns(hosts, i.get("host")) for i in _manifest_instances(run)}
+    if in_steps - set(of_host):
+        check_steps(run, run.scan("steps").collect().sort("instance", "step"))
+    if in_segments - set(of_host):
+        check_segments(run, run.scan("segments").collect(), run.scan("steps").collect())
+    requests = _requests(run, hosts, served=not recorded >= set(of_host))
+    unrecorded, notes = _state(run, requests["request_id"])
+    window, remarks = _window(run, requests, of_host, polled, wanted)
+    instances = tuple(
+        InstanceData(
+            instance=number,
+            gpus=tuple(_gpu(run, host, gpu) for host, gpu in gpus),
+            recorded=number in recorded,
+            offset_ns=of_host.get(-1 if number is None else number, 0),
+            clock_error_s=float(hosts.get(gpus[0][0], {}).get("offset_error_ns") or 0) / NS_PER_S,
+        )
+        for number, gpus in wanted
+    )
+    return RunData(
+        run=run,
+        window_ns=window,
+        instances=instances,
+        requests=_seconds(requests, window[0], _TIMES),
+        unrecorded=unrecorded,
+        scope=scope,
+        offsets_ns=offsets,
+        named_host=host,
+        notes=(*notes, *remarks, *_unread(polled, instances, window[0])),
+        cpu=_cpu(run, hosts, window[0]),
+    )
+
+
+def _check_power(run: Run) -> None:
+    """Raise `AnalysisError` where `run` has no power readings at all."""
     if not run.has("power"):
         if run.manifest.get("state") in {"starting", "running"} and not run.has("requests"):
             raise AnalysisError(
@@ -116,47 +175,58 @@ def load_run(run: Run, scope: str = "gpu") -> RunData:
             f"{run.path}: has no power samples (power.parquet), so there is no energy to attribute; "
             "replay with GPUs that can be read (--gpus with an attached server) or with --engine sim"
         )
-    power = run.scan("power").collect()
-    if power.is_empty():
-        raise AnalysisError(f"{run.path / 'power.parquet'}: has no rows, so there is no energy to attribute")
-    hosts = _by_host(run)
-    requests = _requests(run, hosts)
-    steps = _steps(run, hosts)
-    segments = run.scan("segments").collect() if run.has("segments") else None
-    polled = _power(run, power, hosts)
-    # Of a GPU that never had a value the rows stay: what is missing is said where they are read.
-    power = polled.filter(~_UNREAD | _UNREAD.all().over("host", "gpu"))
-    wanted = _wanted_gpus(run, power, scope)
-    unrecorded, notes = _state(run, requests["request_id"])
-    window, remarks = _window(run, requests, steps, power, wanted)
-    notes += remarks
-    if steps is not None and segments is not None:
-        remark = check_segments(run, segments, steps)
-        notes += [remark] if remark else []
-    requests = _seconds(requests, window[0], ("scheduled_ns", "sent_ns", "first_token_ns", "last_token_ns", "done_ns"))
-    steps = None if steps is None else _seconds(steps, window[0], ("start_ns", "end_ns"))
-    instances = tuple(
-        InstanceData(
-            instance=instance,
-            gpus=tuple(_gpu(run, power, host, gpu, window[0]) for host, gpu in gpus),
-            requests=requests.filter(pl.col("instance") == instance) if instance is not None else requests.clear(),
-            steps=_of(steps, instance),
-            segments=_of(segments, instance),
-            clock_error_s=float(hosts.get(gpus[0][0], {}).get("offset_error_ns") or 0) / NS_PER_S,
-        )
-        for instance, gpus in wanted
+
+
+def _polled(run: Run, named_host: str | None, offsets: Mapping[str, int]) -> pl.DataFrame:
+    """One row a GPU that was polled, in order: host, gpu, `first_ns` and `last_ns` of its readings, polls that failed.
+
+    These are `unread`, from `unread_ns` on.
+    """
+    path = run.path / "power.parquet"
+    frames = []
+    for group in row_groups(run.path, "power", "t_ns"):
+        # Where one of the values is in all rows, all were read.
+        values = VALUES if not group.full & set(VALUES) else ()
+        rows = read_group(group, "power", ("t_ns", "host", "gpu", *values))
+        for name in ("t_ns", "gpu"):
+            if rows[name].null_count():
+                raise RunError(f"{path}: column '{name}' has a null in row {rows[name].is_null().arg_max()}")
+        failed = UNREAD if values else pl.lit(value=False)
+        times = {"first_ns": pl.col("t_ns").filter(~failed).min(), "last_ns": pl.col("t_ns").filter(~failed).max()}
+        lost = {"unread": failed.sum(), "unread_ns": pl.col("t_ns").filter(failed).min()}
+        reach = {"polled_first_ns": pl.col("t_ns").min(), "polled_last_ns": pl.col("t_ns").max()}
+        frames.append(rows.group_by("host", "gpu").agg(**times, **lost, **reach))
+    if not frames or not any(frame.height for frame in frames):
+        raise AnalysisError(f"{path}: has no rows, so there is no energy to attribute")
+    gpus = pl.concat(frames).with_columns(pl.col("host").fill_null(named_host or ""))
+    offset = pl.col("host").replace_strict(dict(offsets), default=0, return_dtype=pl.Int64)
+    least, most = pl.col("first_ns", "polled_first_ns", "unread_ns").min(), pl.col("last_ns", "polled_last_ns").max()
+    gpus = gpus.group_by("host", "gpu").agg(least, most, pl.col("unread").sum()).sort("host", "gpu")
+    return gpus.with_columns(pl.col("^.*_ns$") - offset).with_columns(
+        pl.coalesce("first_ns", "polled_first_ns").alias("first_ns"),
+        pl.coalesce("last_ns", "polled_last_ns").alias("last_ns"),
     )
-    notes += _unread(polled, instances, window[0])
-    notes += _holes(instances, (window[1] - window[0]) / NS_PER_S)
-    cpu = _cpu(run, hosts, window[0])
-    return RunData(run, window, instances, requests, unrecorded, scope, tuple(notes), cpu)
+
+
+def _instances_of(run: Run, table: str) -> set[int | None]:
+    """The instances that have rows in `table`, None where a row has none."""
+    found: set[int | None] = set()
+    if run.has(table):
+        for group in row_groups(run.path, table, "instance"):
+            if group.low is not None and group.low == group.high and "instance" in group.full:
+                found.add(group.low)
+            elif group.rows:
+                found |= set(read_group(group, table, ("instance",))["instance"].unique().to_list())
+    return found
 
 
 def _state(run: Run, recorded: pl.Series) -> tuple[pl.Series, list[str]]:
     """The trace's requests that requests.parquet lacks, and what the manifest says against the run."""
     manifest, notes = run.manifest, []
-    planned = run.scan("trace").select("request_id").collect().to_series() if run.has("trace") else recorded.clear()
-    unrecorded = planned.filter(~planned.is_in(recorded.implode())).unique(maintain_order=True)
+    planned = run.scan("trace", ["request_id"]).collect().to_series() if run.has("trace") else recorded.clear()
+    unrecorded = planned.clear()
+    if not planned.equals(recorded):
+        unrecorded = planned.filter(~planned.is_in(recorded.implode())).unique(maintain_order=True)
     if manifest.get("state") != "complete":
         count = (manifest.get("requests") or {}).get("planned") or len(planned) or "an unknown number of"
         notes.append(
@@ -173,10 +243,10 @@ def _unread(polled: pl.DataFrame, instances: tuple[InstanceData, ...], zero_ns: 
     """What to say of GPUs that could not be read at times: the sampler then writes rows without values."""
     said = []
     for gpu in (gpu for instance in instances for gpu in instance.gpus):
-        t_ns = polled.filter(_UNREAD & (pl.col("host") == gpu.host) & (pl.col("gpu") == gpu.gpu))["t_ns"]
-        if len(t_ns):
-            first_s = (t_ns[0] - zero_ns) / NS_PER_S
-            said.append(f"{gpu.name}: {len(t_ns)} polls failed, the first at {first_s:.0f} s")
+        row = polled.row(by_predicate=(pl.col("host") == gpu.host) & (pl.col("gpu") == gpu.gpu), named=True)
+        if row["unread"]:
+            first_s = (row["unread_ns"] - zero_ns) / NS_PER_S
+            said.append(f"{gpu.name}: {row['unread']} polls failed, the first at {first_s:.0f} s")
     return said
 
 
@@ -196,18 +266,6 @@ def _cpu(run: Run, hosts: Mapping[str, Mapping[str, Any]], zero_ns: int) -> tupl
     return tuple(result)
 
 
-def _holes(instances: tuple[InstanceData, ...], duration_s: float) -> list[str]:
-    """What to say of stretches in the window without a reading of a GPU."""
-    said: dict[str, list[str]] = {}
-    for gpu in (gpu for instance in instances for gpu in instance.gpus):
-        gap_s = np.where((gpu.t_s[1:] > 0) & (gpu.t_s[:-1] < duration_s), np.diff(gpu.t_s), 0.0)
-        if np.any(gap_s > HOLE_S):
-            i = int(np.argmax(gap_s))
-            text = f"no power reading for {gap_s[i]:.1f} s at {gpu.t_s[i]:.0f} s, among {np.sum(gap_s > HOLE_S)} holes"
-            said.setdefault(f"{text} of more than {HOLE_S} s", []).append(gpu.name)
-    return [f"{names(gpus)}: {text}" for text, gpus in said.items()]
-
-
 def names(gpus: Sequence[str]) -> str:
     """Several GPUs as messages call them, each once."""
     unique = list(dict.fromkeys(gpus))
@@ -224,54 +282,17 @@ def _offset_ns(hosts: Mapping[str, Mapping[str, Any]], host: Any) -> int:
     return int(hosts.get(str(host), {}).get("offset_ns") or 0)
 
 
-def _requests(run: Run, hosts: Mapping[str, Mapping[str, Any]]) -> pl.DataFrame:
-    """requests.parquet with times on the replayer's clock."""
-    frame = run.scan("requests").collect()
-    if frame["request_id"].null_count() or frame["request_id"].n_unique() < frame.height:
-        raise RunError(f"{run.path / 'requests.parquet'}: column 'request_id' has a null or a repeated id")
+def _requests(run: Run, hosts: Mapping[str, Mapping[str, Any]], *, served: bool) -> pl.DataFrame:
+    """Whose requests these are and their times on the replayer's clock; `served`: with the tokens counted."""
+    columns = ["request_id", "instance", "status", "worker", *_TIMES, *(_SERVED if served else ())]
+    frame = run.scan("requests", columns).collect()
+    check_requests(run, frame)
     workers = [w for w in run.manifest.get("workers") or [] if w.get("worker") is not None]
     offsets = {int(w["worker"]): _offset_ns(hosts, w.get("host")) for w in workers}
     if any(offsets.values()):
         offset = pl.col("worker").replace_strict(offsets, default=0, return_dtype=pl.Int64)
-        frame = frame.with_columns(pl.col("^.*_ns$").exclude("chunk_ns") - offset)
-    return frame
-
-
-def _steps(run: Run, hosts: Mapping[str, Mapping[str, Any]]) -> pl.DataFrame | None:
-    """steps.parquet with times on the replayer's clock, in order of instance and step; None where there is none."""
-    if not run.has("steps"):
-        return None
-    path = run.path / "steps.parquet"
-    frame = run.scan("steps").collect()
-    needed = ("instance", "step", "start_ns", "end_ns", "prefill_tokens", "decode_tokens")
-    for name in (*needed, "context_tokens", "prefill_attention"):
-        if frame[name].null_count():
-            raise RunError(f"{path}: column '{name}' has a null in row {frame[name].is_null().arg_max()}")
-    frame = frame.sort("instance", "step")
-    offsets = {int(i["instance"]): _offset_ns(hosts, i.get("host")) for i in _manifest_instances(run)}
-    if any(offsets.values()):
-        offset = pl.col("instance").replace_strict(offsets, default=0, return_dtype=pl.Int64)
-        frame = frame.with_columns(pl.col("start_ns") - offset, pl.col("end_ns") - offset)
-    wrong = frame.filter(pl.col("end_ns") < pl.col("start_ns"))
-    if wrong.height:
-        raise RunError(f"{path}: instance {wrong['instance'][0]}, step {wrong['step'][0]}: end_ns is before start_ns")
-    twice = frame.filter(pl.struct("instance", "step").is_duplicated())
-    if twice.height:
-        raise RunError(f"{path}: instance {twice['instance'][0]}, step {twice['step'][0]} occurs twice")
-    return frame
-
-
-def _power(run: Run, power: pl.DataFrame, hosts: Mapping[str, Mapping[str, Any]]) -> pl.DataFrame:
-    """power.parquet with times on the replayer's clock; a null host is '' unless the run has only one."""
-    path = run.path / "power.parquet"
-    for name in ("t_ns", "gpu"):
-        if power[name].null_count():
-            raise RunError(f"{path}: column '{name}' has a null in row {power[name].is_null().arg_max()}")
-    named = {str(i["host"]) for i in _manifest_instances(run) if i.get("host")}
-    power = power.with_columns(pl.col("host").fill_null(named.pop() if len(named) == 1 else ""))
-    offsets = {host: _offset_ns(hosts, host) for host in power["host"].unique()}
-    offset = pl.col("host").replace_strict(offsets, default=0, return_dtype=pl.Int64)
-    return power.with_columns(pl.col("t_ns") - offset, pl.col("sensor_ns") - offset).sort("t_ns", maintain_order=True)
+        frame = frame.with_columns(pl.col(_TIMES) - offset)
+    return frame.drop("worker")
 
 
 def _manifest_instances(run: Run) -> list[dict[str, Any]]:
@@ -285,9 +306,9 @@ def _manifest_instances(run: Run) -> list[dict[str, Any]]:
     return instances
 
 
-def _wanted_gpus(run: Run, power: pl.DataFrame, scope: str) -> list[tuple[int | None, list[tuple[str, int]]]]:
+def _wanted_gpus(run: Run, polled: pl.DataFrame, scope: str) -> list[tuple[int | None, list[tuple[str, int]]]]:
     """Per instance the (host, gpu) pairs to account for; with scope `node` the unused GPUs come last, under None."""
-    sampled = set(power.select("host", "gpu").unique().iter_rows())
+    sampled = set(polled.select("host", "gpu").iter_rows())
     wanted: list[tuple[int | None, list[tuple[str, int]]]] = []
     for entry in _manifest_instances(run):
         number = int(entry["instance"])
@@ -316,8 +337,8 @@ def _wanted_gpus(run: Run, power: pl.DataFrame, scope: str) -> list[tuple[int | 
 def _window(
     run: Run,
     requests: pl.DataFrame,
-    steps: pl.DataFrame | None,
-    power: pl.DataFrame,
+    offsets: Mapping[int, int],
+    polled: pl.DataFrame,
     wanted: list[tuple[int | None, list[tuple[str, int]]]],
 ) -> tuple[tuple[int, int], list[str]]:
     """The measured window in ns, cut to what the power readings cover, and what there is to say about that."""
@@ -328,7 +349,7 @@ def _window(
         notes.append("measure_start_ns is missing: the window begins with the first request sent")
     if end is None:
         ends = [requests["done_ns"].max(), requests["last_token_ns"].max()]
-        ends.append(None if steps is None else steps["end_ns"].max())
+        ends.append(_last_step_ns(run, offsets))
         end = max((int(e) for e in ends if isinstance(e, int)), default=None)
         notes.append("measure_end_ns is missing: the window ends with the last response or engine step")
     if not isinstance(start, int) or not isinstance(end, int):
@@ -337,9 +358,8 @@ def _window(
         raise RunError(f"{run.path / MANIFEST}: measure_end_ns is not after measure_start_ns")
     schema = {"host": pl.String, "gpu": pl.UInt16}
     gpus = pl.DataFrame([gpu for _, group in wanted for gpu in group], schema=schema, orient="row")
-    rows = power.join(gpus, on=["host", "gpu"]).group_by("host", "gpu")
-    read = rows.agg(a=pl.col("t_ns").min(), b=pl.col("t_ns").max())
-    cut = (max(start, *read["a"].to_list()), min(end, *read["b"].to_list()))
+    read = polled.join(gpus, on=["host", "gpu"])
+    cut = (max(start, *read["first_ns"].to_list()), min(end, *read["last_ns"].to_list()))
     if cut[1] <= cut[0]:
         raise AnalysisError(f"{run.path / 'power.parquet'}: has no readings within the window ({start} to {end} ns)")
     lost_s = ((cut[0] - start) + (end - cut[1])) / NS_PER_S
@@ -348,36 +368,36 @@ def _window(
     return cut, notes
 
 
-def _seconds(frame: pl.DataFrame, zero_ns: int, names: tuple[str, ...]) -> pl.DataFrame:
-    """`frame` with a `*_s` column from `zero_ns` beside each of the `*_ns` columns `names`."""
-    return frame.with_columns(((pl.col(n) - zero_ns) / NS_PER_S).alias(n.removesuffix("_ns") + "_s") for n in names)
-
-
-def _of(frame: pl.DataFrame | None, instance: int | None) -> pl.DataFrame | None:
-    """The rows of `instance`, or None where there are none."""
-    if frame is None or instance is None:
+def _last_step_ns(run: Run, offsets: Mapping[int, int]) -> int | None:
+    """When the last engine step ended, on the replayer's clock."""
+    if not run.has("steps"):
         return None
-    rows = frame.filter(pl.col("instance") == instance)
-    return rows if rows.height else None
+    offset = pl.col("instance").replace_strict(dict(offsets), default=0, return_dtype=pl.Int64)
+    ends = [
+        rows.select((pl.col("end_ns") - offset).max()).item() for rows in run.batches("steps", ["instance", "end_ns"])
+    ]
+    return max((int(end) for end in ends if end is not None), default=None)
 
 
-def _gpu(run: Run, power: pl.DataFrame, host: str, gpu: int, zero_ns: int) -> GpuData:
-    """The readings and the manifest's figures of one GPU."""
-    rows = power.filter((pl.col("host") == host) & (pl.col("gpu") == gpu))
+def _seconds(frame: pl.DataFrame, zero_ns: int, names: tuple[str, ...]) -> pl.DataFrame:
+    """`frame` with the `*_ns` columns `names` as `*_s` from `zero_ns`."""
+    seconds = (((pl.col(n) - zero_ns) / NS_PER_S).alias(n.removesuffix("_ns") + "_s") for n in names)
+    return frame.with_columns(seconds).drop(names)
 
-    def column(expr: pl.Expr) -> Floats:
-        return rows.select(expr.cast(pl.Float64).fill_null(float("nan"))).to_series().to_numpy()
 
+def _gpu(run: Run, host: str, gpu: int) -> GpuData:
+    """The manifest's figures of one GPU."""
     entries = [e for e in run.manifest.get("gpus") or [] if e.get("gpu") == gpu]
     entry = next((e for e in entries if str(e.get("host") or host) == host), entries[0] if len(entries) == 1 else {})
+    none = np.zeros(0)
     return GpuData(
         host=host,
         gpu=gpu,
-        t_s=column((pl.col("t_ns") - zero_ns) / NS_PER_S),
-        sensor_s=column((pl.col("sensor_ns") - zero_ns) / NS_PER_S),
-        instant_w=column(pl.col("power_instant_mw") / 1e3),
-        average_w=column(pl.col("power_average_mw") / 1e3),
-        counter_j=column((pl.col("energy_mj") - pl.col("energy_mj").min()) / 1e3),
+        t_s=none,
+        sensor_s=none,
+        instant_w=none,
+        average_w=none,
+        counter_j=none,
         idle_before_w=_watts(entry.get("idle_power_w")),
         idle_after_w=_watts(entry.get("idle_power_after_w")),
         sensors={k: v for k, v in (entry.get("sensors") or {}).items() if isinstance(v, dict)},

@@ -8,16 +8,16 @@ cannot tell them apart) and its decoding at an even pace until its last token.
 import numpy as np
 import polars as pl
 
-from analysis.load import InstanceData
+from analysis.load import InstanceData, RunData
 from analysis.steps import DECODE, PREFILL, Segments, Steps, sum_segments
 
 
-def from_client(instance: InstanceData, request_ids: pl.Series, duration_s: float) -> tuple[Steps, Segments] | None:
+def from_client(data: RunData, instance: InstanceData) -> tuple[Steps, Segments] | None:
     """Pseudo-steps and segments of `instance`; None where no request was sent in the window."""
-    row = pl.DataFrame({"request_id": request_ids}).with_row_index("request")
+    duration_s = data.duration_s
     table = (
-        instance.requests.join(row, on="request_id", how="left", maintain_order="left")
-        .filter(pl.col("sent_s").is_not_null())
+        data.requests.with_row_index("request")
+        .filter(pl.col("instance") == instance.instance, pl.col("sent_s").is_not_null())
         .with_columns(
             pl.coalesce("last_token_s", "done_s", pl.lit(duration_s)).alias("gone_s"),
             (pl.col("input_tokens").fill_null(0).cast(pl.Int64) - pl.col("cached_tokens").fill_null(0))

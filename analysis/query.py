@@ -1,49 +1,81 @@
 """SQL over the tables of one or several runs."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import polars as pl
 
-from analysis.buckets import bucket_table
-from analysis.requests import request_table
-from analysis.saved import RunEnergy, ensure_energy
+from analysis.tables import QUERY_TABLES, STORED, Runs
 from replay.rundir import Run
 from tracegen.errors import AnalysisError
 
-STORED = ("trace", "steps", "segments", "arrivals", "power", "cpu_energy", "server_metrics", "truth")
-DERIVED = ("requests", "energy", "buckets", "runs")
-QUERY_TABLES = (*DERIVED, *STORED)
 EXAMPLE = "SELECT bucket, avg(energy_j) FROM requests GROUP BY bucket"
 FORMATS = ("table", "csv", "json", "parquet")
 VERBS = ("SELECT", "WITH", "SHOW")
 _ASIDE = re.compile(r"'(?:[^']|'')*'|--[^\n]*|/\*.*?\*/", re.DOTALL)  # texts and comments
 _READS = re.compile(r'\b((?:read|scan)_\w+)["`]?\s*\(', re.IGNORECASE)  # SQL's table functions
+_TABLE = re.compile(r'(?:\bfrom\b|\bjoin\b|,)[\s(]*["`]?(\w+)', re.IGNORECASE)  # where a table's name may stand
 
 
-def query(runs: Sequence[Run], sql: str, note: Callable[[str], None] | None = None) -> pl.DataFrame:
-    """The answer to `sql` over all tables of `runs`, each with the columns run, engine, tp and freq_mhz.
+def query(runs: Runs | Sequence[Run], sql: str, note: Callable[[str], None] | None = None) -> pl.DataFrame:
+    """The answer to `sql` over all tables of `runs`, each with the columns run, engine, mix, tp and freq_mhz.
 
     Tables: `requests` (with latencies, bucket, label and energy), `energy`, `buckets`, `runs`, and as stored `trace`,
     `steps`, `segments`, `arrivals`, `power`, `cpu_energy`, `server_metrics`, `truth`; of several runs the union, a
-    missing table left out.
+    missing table left out. `freq` may be written for `freq_mhz`.
     Energy that a query needs and a run does not have yet is attributed and kept; `note` is told.
     Raises `AnalysisError` for SQL that does not parse, names a table or column that is not there, does anything but
     ask, or reads files of its own.
     """
-    verb = _check(sql)
-    wanted = [t for t in QUERY_TABLES if verb == "SHOW" or re.search(rf"\b{t}\b", sql, re.IGNORECASE)]
-    tables = open_tables(runs, wanted, note or (lambda _: None))
+    return collect(plan(runs if isinstance(runs, Runs) else Runs.of(runs, note), sql))
+
+
+def plan(runs: Runs, sql: str) -> pl.LazyFrame:
+    """`query`, but nothing is read of the stored tables before the frame is collected."""
+    verb, bare = _check(sql)
+    typed = set(_TABLE.findall(bare))
+    if verb == "SHOW":
+        frames = {name: pl.LazyFrame() for name in QUERY_TABLES if _may_have(runs, name)}
+    else:
+        tables = runs.tables(name for name in QUERY_TABLES if name in {word.lower() for word in typed})
+        if re.search(r"\bfreq\b", bare, re.IGNORECASE):
+            tables = {name: frame.with_columns(freq=pl.col("freq_mhz")) for name, frame in tables.items()}
+        frames = tables | {word: tables[word.lower()] for word in typed if word.lower() in tables}
     try:
-        return pl.SQLContext(tables).execute(sql, eager=True)
+        answer = pl.SQLContext(frames).execute(sql)
+        answer.collect_schema()
     except (pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
-        raise AnalysisError(_one_line(error, tables)) from None
+        raise AnalysisError(_one_line(error, frames)) from None
+    return answer
 
 
-def _check(sql: str) -> str:
-    """The statement's first word, one of `VERBS`. Raises `AnalysisError` for another, or for a function that reads."""
+def collect(answer: pl.LazyFrame) -> pl.DataFrame:
+    """The rows of `plan`. Raises `AnalysisError` for what only shows then, `RunError` for a damaged file."""
+    with _answering():
+        return answer.collect(engine="streaming")
+
+
+@contextmanager
+def _answering() -> Iterator[None]:
+    """Turn what Polars raises at work into one `AnalysisError`."""
+    try:
+        yield
+    except (pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
+        raise AnalysisError(_one_line(error, {})) from None
+
+
+def _may_have(runs: Runs, table: str) -> bool:
+    """Whether a table may be asked for; what is derived is computed only then."""
+    return table not in STORED or any(found.has(table) for found in runs.found)
+
+
+def _check(sql: str) -> tuple[str, str]:
+    """The statement's first word, one of `VERBS`, and the statement without texts and comments.
+
+    Raises `AnalysisError` for another word, or for a function that reads.
+    """
     bare = _ASIDE.sub(" ", sql)
     words = re.findall(r"\w+", bare)
     if not words:
@@ -54,70 +86,7 @@ def _check(sql: str) -> str:
     reads = _READS.search(bare)
     if reads:
         raise AnalysisError(f"query: {reads[1]} would read a file; a query sees only the tables of the runs given")
-    return verb
-
-
-def open_tables(runs: Sequence[Run], wanted: Sequence[str], note: Callable[[str], None]) -> dict[str, pl.LazyFrame]:
-    """The tables `wanted` of all `runs`, by name; a table that no run has is missing."""
-    names = run_names(runs)
-    parts: dict[str, list[pl.LazyFrame]] = {}
-    for run, name in zip(runs, names, strict=True):
-        energy = RunEnergy(None, None)
-        if set(wanted) & set(DERIVED):
-            energy = ensure_energy(run)
-            remark = energy.remark(run)
-            if remark:
-                note(remark)
-        for table in wanted:
-            frame = _frame(run, table, energy)
-            if frame is not None:
-                parts.setdefault(table, []).append(frame.with_columns(_identity(run, name)))
-    return {table: pl.concat(frames, how="diagonal_relaxed") for table, frames in parts.items()}
-
-
-def _frame(run: Run, table: str, energy: RunEnergy) -> pl.LazyFrame | None:
-    """One table of one run, or None where the run does not have it."""
-    if table == "requests":
-        return request_table(run, energy.requests).lazy()
-    if table == "buckets":
-        return bucket_table(run, energy.requests).lazy()
-    if table == "energy":
-        return None if energy.requests is None else energy.requests.lazy()
-    if table == "runs":
-        return _run_row(run, energy).lazy()
-    return run.scan(table) if run.has(table) else None
-
-
-def run_names(runs: Sequence[Run]) -> list[str]:
-    """The runs' names; their paths where names repeat."""
-    names = [run.name for run in runs]
-    return names if len(set(names)) == len(names) else [str(run.path) for run in runs]
-
-
-def _identity(run: Run, name: str) -> list[pl.Expr]:
-    """The columns that tell runs apart."""
-    values = {"engine": run.manifest.get("engine"), "tp": setting(run, "tp"), "freq_mhz": setting(run, "freq_mhz")}
-    types = {"engine": pl.String, "tp": pl.Int64, "freq_mhz": pl.Int64}
-    return [pl.lit(name).alias("run"), *(pl.lit(v, types[k]).alias(k) for k, v in values.items())]
-
-
-def setting(run: Run, key: str) -> Any:
-    """What all instances of `run` have in common under `key`, else None."""
-    values = {entry.get(key) for entry in run.manifest.get("instances") or []}
-    return values.pop() if len(values) == 1 else None
-
-
-def _run_row(run: Run, energy: RunEnergy) -> pl.DataFrame:
-    """One row of what a run came to."""
-    figures = ("requests", "measured_j", "attributed_j", "prefill_j", "decode_j", "idle_j", "other_j")
-    summary = energy.summary or {}
-    row = {name: summary.get(name) for name in figures}
-    schema = {name: pl.Int64() if name == "requests" else pl.Float64() for name in figures}
-    return pl.DataFrame([row], schema=schema).with_columns(
-        duration_s=pl.lit(summary.get("window", {}).get("duration_s"), pl.Float64),
-        state=pl.lit(run.manifest.get("state"), pl.String),
-        simulated=pl.lit(run.simulated),
-    )
+    return verb, bare
 
 
 def _one_line(error: BaseException, tables: dict[str, pl.LazyFrame]) -> str:
@@ -134,17 +103,26 @@ def _one_line(error: BaseException, tables: dict[str, pl.LazyFrame]) -> str:
     return f"query: {message}"
 
 
-def save_result(frame: pl.DataFrame, path: Path, kind: str) -> None:
-    """Write `frame` to `path` as csv, json or parquet, by rename. Raises `AnalysisError` for what cannot be written."""
+def save_result(answer: pl.LazyFrame, path: Path, kind: str) -> None:
+    """Write the rows of `plan` to `path` as csv, json or parquet, by rename; csv and parquet as they come.
+
+    Raises `AnalysisError` for what cannot be written, and as `collect` does.
+    """
     partial = path.with_name(f".{path.name}.partial")
     try:
-        if kind == "parquet":
-            frame.write_parquet(partial)
-        else:
-            partial.write_text(as_text(frame, kind), encoding="utf-8")
+        with _answering():
+            if kind == "parquet":
+                answer.sink_parquet(partial)
+            elif kind == "csv":
+                _refuse_lists(answer.collect_schema())
+                answer.sink_csv(partial)
+            else:
+                partial.write_text(as_text(collect(answer), kind), encoding="utf-8")
         partial.replace(path)
     except OSError as error:
-        raise AnalysisError(f"{path}: cannot be written ({error.strerror})") from None
+        raise AnalysisError(
+            f"{path}: cannot be written ({error.strerror or str(error).partition(' (os error')[0]})"
+        ) from None
     finally:
         partial.unlink(missing_ok=True)
 
@@ -153,7 +131,27 @@ def as_text(frame: pl.DataFrame, kind: str) -> str:
     """`frame` as csv or json text."""
     if kind == "json":
         return frame.write_json() + "\n"
-    nested = [name for name, dtype in frame.schema.items() if dtype.is_nested()]
+    _refuse_lists(frame.schema)
+    return frame.write_csv()
+
+
+def _refuse_lists(schema: pl.Schema) -> None:
+    """Raise `AnalysisError` for a column that csv has no way to hold."""
+    nested = [name for name, dtype in schema.items() if dtype.is_nested()]
     if nested:
         raise AnalysisError(f"column '{nested[0]}' holds lists, which csv cannot; use --format json or parquet")
-    return frame.write_csv()
+
+
+def format_of(kind: str | None, output: Path | None) -> str:
+    """The format asked for, by name or by the ending of `output`. Raises `AnalysisError` where there is none."""
+    if kind is None:
+        kind = "table" if output is None else output.suffix.removeprefix(".").lower()
+        if output is not None and kind not in FORMATS[1:]:
+            raise AnalysisError(f"-o {output}: end it in .csv, .json or .parquet, or give --format")
+    if kind not in FORMATS:
+        raise AnalysisError(f"--format '{kind}': use one of {', '.join(FORMATS)}")
+    if kind == "parquet" and output is None:
+        raise AnalysisError("--format parquet needs a file: -o FILE")
+    if kind == "table" and output is not None:
+        raise AnalysisError("-o needs --format csv, json or parquet")
+    return kind

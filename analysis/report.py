@@ -11,15 +11,16 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from analysis import figures
-from analysis.buckets import ALL, bucket_table, rows_for_people
+from analysis.buckets import bucket_table, rows_for_people
 from analysis.compare import METRICS as COMPARED
-from analysis.compare import compare
+from analysis.compare import Difference, compare
+from analysis.groups import ALL
 from analysis.latency import answered
 from analysis.load import RunData, load_run
-from analysis.query import run_names, setting
-from analysis.requests import request_table
+from analysis.requests import CORE, request_table
 from analysis.saved import RunEnergy
 from analysis.series import power_series
+from analysis.tables import run_names, setting
 from replay.rundir import Run
 from tracegen.console import format_si
 from tracegen.errors import AnalysisError, RunError
@@ -112,12 +113,7 @@ def headlines(subjects: Sequence[Subject]) -> list[str]:
     metered = [s for s in subjects if s.each_j is not None]
     if len(metered) > 1:
         best, worst = (pick(metered, key=lambda s: s.each_j or 0.0) for pick in (min, max))
-        saving = 1 - (best.each_j or 0.0) / (worst.each_j or 1.0)
-        lines.append(
-            f"{best.name} used least: {_si(best.each_j)} per served request with idle power included, "
-            f"{100 * saving:.1f} % below {worst.name} ({_si(worst.each_j)})."
-        )
-        lines += _paired(worst, best)
+        lines += _least(best, worst)
         met = "; ".join(f"{_percent(s.whole['slo_attainment'])} in {s.name}" for s in metered)
         lines.append(f"Requests that met their latency objectives: {met}.")
     for subject in metered[: 1 if len(metered) == 1 else 2]:
@@ -126,12 +122,34 @@ def headlines(subjects: Sequence[Subject]) -> list[str]:
     return lines
 
 
-def _paired(before: Subject, after: Subject) -> list[str]:
-    """What changed from run to run, request by request; nothing where the runs cannot be paired."""
+def _least(best: Subject, worst: Subject) -> list[str]:
+    """Which run used least and what else changed, or that the two cannot be told apart."""
+    saving = 100 * (1 - (best.each_j or 0.0) / (worst.each_j or 1.0))
+    found = _paired(worst, best)
+    energy = next((d for d in found if d.metric == "energy_j"), None)
+    apart = saving > 0 and f"{saving:.1f}" != "0.0"
+    if energy is not None and energy.verdict == "not distinguishable" and energy.low_percent is not None:
+        apart = apart and saving > max(-energy.low_percent, energy.high_percent or 0.0)
+    each = f"per served request with idle power included, {saving:.1f} % below {worst.name} ({_si(worst.each_j)})."
+    if not apart:
+        both = f"{_si(best.each_j)} and {_si(worst.each_j)} per served request with idle power included"
+        lines = [f"{best.name} and {worst.name} cannot be told apart by their energy: {both}."]
+    else:
+        lines = [f"{best.name} used least: {_si(best.each_j)} {each}"]
+    return lines + _changes(found, worst, best)
+
+
+def _paired(before: Subject, after: Subject) -> list[Difference]:
+    """What changed from run to run over all requests; nothing where the runs cannot be paired."""
     try:
-        found = compare(before.run, after.run, before.energy, after.energy).differences[: len(COMPARED)]
+        found = compare(before.run, after.run, before.energy, after.energy).differences
     except AnalysisError:
         return []
+    return [difference for difference in found if difference.group == ALL]
+
+
+def _changes(found: Sequence[Difference], before: Subject, after: Subject) -> list[str]:
+    """The differences of a pair of runs, request by request."""
     parts = []
     for difference in found:
         if difference.low_percent is not None:
@@ -139,7 +157,10 @@ def _paired(before: Subject, after: Subject) -> list[str]:
             chance = ", not distinguishable" if difference.verdict == "not distinguishable" else ""
             name = COMPARED[difference.metric].removesuffix(" ms")
             parts.append(f"{name} {difference.difference_percent:+.1f} % ({interval}{chance})")
-    text = f"The same requests in {after.name} against {before.name}, with 95 % intervals: {'; '.join(parts)}."
+    text = (
+        f"The same requests in {after.name} against {before.name}, one run each, with 95 % intervals: "
+        f"{'; '.join(parts)}."
+    )
     return [text] if parts else []
 
 
@@ -252,7 +273,7 @@ def _latency(subjects: Sequence[Subject]) -> Figure | None:
     frames, rows = [], []
     shares = np.linspace(0, 1, CURVE_POINTS + 1)
     for subject in subjects:
-        table = request_table(subject.run).filter(answered())
+        table = request_table(subject.run, None, CORE).filter(answered())
         for metric, column in METRICS.items():
             values = table[column].drop_nulls().to_numpy()
             values = values[values > 0]  # a logarithmic axis has no zero

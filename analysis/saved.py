@@ -8,7 +8,7 @@ import polars as pl
 
 from analysis.buckets import bucket_table
 from analysis.energy import DEFAULT_METHOD, ENERGY_DIR, SUMMARY, Energy, attribute, write_energy
-from analysis.requests import request_table
+from analysis.requests import CORE, beside, request_table
 from replay.rundir import MANIFEST, Run
 from tracegen.errors import AnalysisError, RunError
 
@@ -40,8 +40,8 @@ def save(energy: Energy) -> None:
 
     Raises `AnalysisError` where the file system refuses.
     """
-    table = request_table(energy.run, energy.requests).select("request_id", "bucket", "label")
-    requests = energy.requests.join(table, on="request_id", how="left", maintain_order="left")
+    table = request_table(energy.run, None, CORE).select("request_id", pl.col("bucket", "label").cast(pl.String))
+    requests = energy.requests.hstack(beside(energy.requests["request_id"], table))
     write_energy(energy, {"requests": requests, "buckets": bucket_table(energy.run, energy.requests)})
 
 

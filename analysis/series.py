@@ -5,8 +5,10 @@ from dataclasses import dataclass
 import numpy as np
 import polars as pl
 
-from analysis.energy import measured_curves
-from analysis.load import Floats, InstanceData, RunData
+from analysis.accounts import slabs_of, timeline_of
+from analysis.load import Floats, RunData
+from analysis.slabs import Slab
+from analysis.steps import DECODE_TOKENS, PREFILL_TOKENS
 
 OVERVIEW_BINS = 240
 CLOSE_UP_S = 3.0
@@ -29,55 +31,63 @@ class Series:
 def power_series(data: RunData) -> Series:
     """The power of all accounted GPUs over the window, and a close-up of its busiest moment."""
     edges_s = np.linspace(0.0, data.duration_s, OVERVIEW_BINS + 1)
-    lines = measured_curves(data)
-    energy_j = np.sum([line.curve.at(edges_s) for _, line in lines], axis=0)
     bin_s = data.duration_s / OVERVIEW_BINS
-    running = np.sum([_running(instance, edges_s) for instance in data.instances], axis=0) / bin_s
+    slabs, _ = slabs_of(data)
+    energy_j, running, steps = np.zeros(edges_s.size), np.zeros(edges_s.size), [0] * len(data.instances)
+    for part in slabs:
+        for i, slab in enumerate(part):
+            inside_s = np.clip(edges_s, slab.begin_s, slab.until_s)
+            for gpu in slab.gpus:
+                used_j = timeline_of(data, gpu, slab).curve.at(inside_s)
+                energy_j += used_j - used_j[0]
+            running += _request_seconds(slab, inside_s)
+            steps[i] += len(slab.steps)
+    requests = np.diff(running) / bin_s
     overview = pl.DataFrame(
-        {"t_s": (edges_s[1:] + edges_s[:-1]) / 2, "power_w": np.diff(energy_j) / bin_s, "requests": running}
+        {"t_s": (edges_s[1:] + edges_s[:-1]) / 2, "power_w": np.diff(energy_j) / bin_s, "requests": requests}
     )
-    busiest_s = float(overview["t_s"][int(np.argmax(running))])
+    busiest_s = float(overview["t_s"][int(np.argmax(requests))])
     start_s = float(np.clip(busiest_s - CLOSE_UP_S / 2, 0.0, max(0.0, data.duration_s - CLOSE_UP_S)))
     window = (start_s, min(start_s + CLOSE_UP_S, data.duration_s))
-    instance = max(data.instances, key=lambda i: 0 if i.steps is None else i.steps.height)
-    readings = [
-        pl.DataFrame({"t_s": line.windows.end_s, "watts": line.windows.watts}).with_columns(gpu=pl.lit(gpu.name))
-        for gpu, line in lines
-        if gpu in instance.gpus
-    ]
-    shown = pl.concat(readings).filter(pl.col("t_s").is_between(*window))
-    return Series(bin_s, overview, _steps(instance, window), shown if shown.height else None, window)
+    busiest = int(np.argmax(steps))
+    shown = [part[busiest] for part in slabs if part[busiest].begin_s < window[1] and part[busiest].until_s > window[0]]
+    readings = [_readings(data, slab, window) for slab in shown]
+    drawn = pl.concat([_steps(slab, window) for slab in shown]) if data.instances[busiest].recorded else None
+    return Series(bin_s, overview, drawn, pl.concat(readings) if any(map(len, readings)) else None, window)
 
 
-def _running(instance: InstanceData, edges_s: Floats) -> Floats:
-    """Request-seconds in the engine per bin: by its steps, else by the clients' times from send to last token."""
-    if instance.steps is not None:
-        begin_s, finish_s = (instance.steps[c].to_numpy() for c in ("start_s", "end_s"))
-        weight = instance.steps["requests"].cast(pl.Float64).fill_null(0.0).to_numpy()
-    else:
-        seen = instance.requests.drop_nulls(["sent_s", "last_token_s"])
-        begin_s, finish_s = (seen[c].to_numpy() for c in ("sent_s", "last_token_s"))
-        weight = np.ones(begin_s.size)
-    times = np.concatenate([begin_s, finish_s])
-    order = np.argsort(times, kind="stable")
-    level = np.cumsum(np.concatenate([weight, -weight])[order])
-    if not times.size:
-        return np.zeros(edges_s.size - 1)
-    area = np.concatenate([[0.0], np.cumsum(level[:-1] * np.diff(times[order]))])
-    return np.diff(np.interp(edges_s, times[order], area))
+def _request_seconds(slab: Slab, edges_s: Floats) -> Floats:
+    """Request-seconds in the engine from the slab's begin to each of `edges_s`, by its steps."""
+    steps = slab.steps
+    if not len(steps):
+        return np.zeros(edges_s.size)
+    times_s = np.stack([steps.start_s, steps.end_s], axis=1).ravel()
+    spent = np.zeros(times_s.size)
+    spent[1::2] = steps.requests * (steps.end_s - steps.start_s)
+    area = np.interp(edges_s, times_s, np.cumsum(spent))
+    return np.asarray(area - area[0])
 
 
-def _steps(instance: InstanceData, window: tuple[float, float]) -> pl.DataFrame | None:
+def _readings(data: RunData, slab: Slab, window: tuple[float, float]) -> pl.DataFrame:
+    """The sensors' windows inside `window`."""
+    frames = []
+    for gpu in slab.gpus:
+        shown = timeline_of(data, gpu, slab).windows
+        frames.append(pl.DataFrame({"t_s": shown.end_s, "watts": shown.watts}).with_columns(gpu=pl.lit(gpu.name)))
+    low, high = max(window[0], slab.begin_s), min(window[1], slab.until_s)
+    return pl.concat(frames).filter(pl.col("t_s").is_between(low, high))
+
+
+def _steps(slab: Slab, window: tuple[float, float]) -> pl.DataFrame:
     """The steps inside `window`, by what they did."""
-    if instance.steps is None:
-        return None
-    both = (pl.col("prefill_tokens") > 0) & (pl.col("decode_tokens") > 0)
-    kind = (
-        pl.when(both)
-        .then(pl.lit("both"))
-        .when(pl.col("prefill_tokens") > 0)
-        .then(pl.lit("prefill"))
-        .otherwise(pl.lit("decode"))
+    steps = slab.steps
+    rows = np.flatnonzero((steps.end_s > window[0]) & (steps.start_s < window[1]))
+    prefill, decode = steps.work[rows, PREFILL_TOKENS] > 0, steps.work[rows, DECODE_TOKENS] > 0
+    return pl.DataFrame(
+        {
+            "start_s": steps.end_s[rows] - steps.measured_s[rows],
+            "end_s": steps.end_s[rows],
+            "requests": steps.requests[rows].astype(np.int64),
+            "kind": np.where(prefill & decode, "both", np.where(prefill, "prefill", "decode")),
+        }
     )
-    rows = instance.steps.filter(pl.col("end_s") > window[0], pl.col("start_s") < window[1])
-    return rows.select("start_s", "end_s", pl.col("requests").cast(pl.Int64), kind.alias("kind"))

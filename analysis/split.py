@@ -9,13 +9,15 @@ proportional to tokens.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from analysis.blocks import Blocks
+from analysis.kernels import pay, running_sums
 from analysis.load import Floats
-from analysis.model import TINY, Model, Parts, pace_of
+from analysis.model import TINY, Model, pace_of
+from analysis.pricing import Parts, own_j, scale
 from analysis.steps import (
     CONTEXT_TOKENS,
     DECODE,
@@ -30,11 +32,12 @@ from analysis.steps import (
 
 COLUMNS = {PREFILL: (PREFILL_TOKENS, PREFILL_ATTENTION), DECODE: (DECODE_TOKENS, CONTEXT_TOKENS)}
 MARGINAL = "marginal"  # the method that is no price per step
+LEAST_PRICED = 1e-9  # of a step's energy: less is what rounding leaves
 ROWS_AT_ONCE = 500_000  # of a segment and a step, in memory
 
 
 def _shapley(parts: Parts, steps: Steps) -> Parts:
-    """Each request pays Aumann-Shapley prices for its own work and an equal share of the energy at zero work."""
+    """Each request pays the Shapley prices of its own work and an equal share of the energy at zero work."""
     return parts
 
 
@@ -53,11 +56,20 @@ def _tokens(parts: Parts, steps: Steps) -> Parts:
     return Parts(parts.total, np.where(tokens > 0, 0.0, parts.total), price)
 
 
+def _work(parts: Parts, steps: Steps) -> Parts:
+    """Each request pays in proportion of what the prices say of its own work; where they say nothing, equally."""
+    priced_j = parts.total - parts.shared
+    some = priced_j > LEAST_PRICED * parts.total
+    factor = np.divide(parts.total, priced_j, out=np.zeros_like(priced_j), where=some)
+    return replace(scale(parts, factor), total=parts.total, shared=np.where(some, 0.0, parts.total))
+
+
 # Methods that are prices of a step; `METHOD_NAMES` has the others too.
 METHODS: dict[str, Callable[[Parts, Steps], Parts]] = {
     "shapley": _shapley,
     "equal-time": _equal_time,
     "tokens": _tokens,
+    "work": _work,
 }
 METHOD_NAMES = (*METHODS, MARGINAL)
 
@@ -76,39 +88,32 @@ class Shares:
 def scale_parts(parts: Parts, step_j: Floats) -> Parts:
     """`parts` in their proportions, with totals `step_j` (n,); what has no parts is shared equally."""
     factor = np.divide(step_j, parts.total, out=np.zeros_like(step_j), where=parts.total > TINY)
-    return Parts(step_j, np.where(parts.total > TINY, parts.shared * factor, step_j), parts.price * factor[:, None])
+    scaled = scale(parts, factor)
+    return replace(scaled, total=step_j, shared=np.where(parts.total > TINY, scaled.shared, step_j))
 
 
 def share(parts: Parts, steps: Steps, segments: Segments, blocks: Blocks) -> Shares:
     """What each segment pays of the steps that it is in."""
     each_j = parts.shared / steps.requests
-    owner, first, last = _pieces(segments, blocks)
-    origin = blocks.first[blocks.block[first]] if first.size else first
-    local_q = steps.q - steps.q[blocks.first[blocks.block]]
-    span_s = steps.end_s - steps.start_s
-
-    def total(values: Floats) -> Floats:
-        sums = _running(values, blocks)
-        before = np.where(first > origin, sums[np.maximum(first - 1, 0)], 0.0) if first.size else np.zeros(0)
-        return np.asarray(sums[last] - before)
-
-    shared_j = total(each_j)
-    energy_j = shared_j.copy()
-    kind, tokens, reads = segments.kind[owner], segments.tokens[owner], segments.reads[owner]
-    growth = segments.growth[owner]
-    at_origin = segments.context[owner] + growth * (steps.q[origin] - segments.q_start[owner])
-    for which, (token_column, read_column) in COLUMNS.items():
-        per_token, per_read = parts.price[:, token_column] * steps.g, parts.price[:, read_column] * steps.g
-        read_j = at_origin * total(per_read) + growth * total(per_read * local_q)
-        priced_j = tokens * total(per_token) + reads * np.maximum(read_j, 0.0)
-        energy_j += np.where(kind == which, priced_j, 0.0)
-    unlisted_j = float((each_j * steps.unlisted).sum() + (parts.price * steps.unlisted_work).sum())
-
-    def by_segment(values: Floats) -> Floats:
-        return np.bincount(owner, weights=values, minlength=len(segments)).astype(np.float64)
-
+    square = np.zeros_like(each_j) if parts.square is None else parts.square
+    sums = running_sums(each_j, parts.price, square, steps.g, steps.q, steps.end_s - steps.start_s, blocks.first)
+    energy_j, shared_j, time_s = pay(
+        sums,
+        blocks.block,
+        blocks.first,
+        steps.q,
+        segments.first,
+        segments.last,
+        segments.kind == PREFILL,
+        segments.tokens,
+        segments.reads,
+        segments.context,
+        segments.growth,
+        segments.q_start,
+    )
+    unlisted_j = float((each_j * steps.unlisted).sum() + own_j(parts, steps.unlisted_work).sum())
     count = (segments.last - segments.first + 1).astype(np.float64)
-    return Shares(by_segment(energy_j), by_segment(shared_j), count, by_segment(total(span_s)), unlisted_j)
+    return Shares(energy_j, shared_j, count, time_s, unlisted_j)
 
 
 def share_marginal(model: Model, steps: Steps, segments: Segments, idle_w: Floats, step_j: Floats) -> Shares:
@@ -163,24 +168,3 @@ def work_in(segments: Segments, owner: Ints, steps: Steps, k: Ints) -> Floats:
         work[:, token_column] += np.where(mine, segments.tokens[owner] * steps.g[k], 0.0)
         work[:, read_column] += np.where(mine, segments.reads[owner] * context * steps.g[k], 0.0)
     return work
-
-
-def _pieces(segments: Segments, blocks: Blocks) -> tuple[Ints, Ints, Ints]:
-    """Segments cut at blocks: the row of the segment, first and last step of each piece."""
-    block_a, block_b = blocks.block[segments.first], blocks.block[segments.last]
-    count = block_b - block_a + 1
-    owner = np.repeat(np.arange(len(segments)), count)
-    offset = np.arange(owner.size) - np.repeat(np.cumsum(count) - count, count)
-    block = block_a[owner] + offset
-    first = np.maximum(segments.first[owner], blocks.first[block])
-    last = np.minimum(segments.last[owner], blocks.first[block + 1] - 1)
-    some = last >= first  # a block inside an idle stretch has no steps
-    return owner[some], first[some], last[some]
-
-
-def _running(values: Floats, blocks: Blocks) -> Floats:
-    """Running sums of `values` (n,) that restart with every block."""
-    sums = np.empty_like(values)
-    for start, end in zip(blocks.first[:-1], blocks.first[1:], strict=True):
-        np.cumsum(values[start:end], out=sums[start:end])
-    return sums

@@ -5,14 +5,15 @@ them (`analysis.membership`) a pseudo-step is a stretch between two client event
 In each of its steps a segment does `tokens * g` tokens and reads `reads * g * (context + growth * (q - q_start))`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from analysis.load import Floats, InstanceData
-from tracegen.errors import RunError
+from analysis.kernels import occupied, sum_pieces
+from analysis.load import NS_PER_S, Floats
+from analysis.members import Members
 
 Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
@@ -28,7 +29,7 @@ WORK = ("prefill_tokens", "decode_tokens", "context_tokens", "prefill_attention"
 class Segments:
     """Runs of steps of one request each; arrays of one length."""
 
-    request: Ints  # row of the instance's request ids, -1 for a request that is not ours
+    request: Ints  # row of the run's request ids, -1 for a request that is not ours
     first: Ints  # row of its first step
     last: Ints  # row of its last step, inclusive
     kind: Ints  # PREFILL or DECODE
@@ -61,27 +62,58 @@ class Steps:
         return int(self.start_s.size)
 
 
-def from_records(instance: InstanceData, request_ids: pl.Series, source: str) -> tuple[Steps, Segments]:
-    """Arrays from an instance's steps and segments. Raises `RunError` for a segment that cannot be."""
-    assert instance.steps is not None
-    assert instance.segments is not None
-    table = instance.steps
-    number = table["step"].cast(pl.Int64).to_numpy()
-    segments = _segments(instance.segments, number, request_ids, source)
-    start_s, end_s = table["start_s"].to_numpy(), table["end_s"].to_numpy()
-    q = (number - number[0]).astype(np.float64)
-    ones = np.ones(q.size)
+@dataclass(frozen=True)
+class Before:
+    """The step before some others: its end, and whether requests waited then."""
+
+    end_s: float
+    waiting: bool
+
+
+def times_of(rows: pl.DataFrame, members: Members, before: Before | None, zero_ns: int) -> tuple[Floats, Floats]:
+    """Start, pause included, and end of each step of `rows` (STEPS in order), in s from `zero_ns` of their clock."""
+    start_s, end_s = (((rows[c] - zero_ns) / NS_PER_S).to_numpy() for c in ("start_ns", "end_ns"))
+    first = np.array([-np.inf if before is None else before.end_s])
+    ends_s = np.maximum.accumulate(np.concatenate([first, end_s]))
+    previous_s, end_s = ends_s[:-1], ends_s[1:]
+    waiting = rows["waiting"].fill_null(0).to_numpy() > 0
+    held = _held(rows["step"], members)
+    held |= np.concatenate([[before is not None and before.waiting], waiting[:-1]])
+    held |= start_s - previous_s < PAUSE_S
+    return np.where(held & (previous_s > -np.inf), previous_s, np.maximum(start_s, previous_s)), end_s
+
+
+def _held(number: pl.Series, members: Members) -> Bools:
+    """Whether the engine held a request between the step before and each of the steps `number`."""
+    step = number.cast(pl.Int64).to_numpy() - members.base
+    low, high = int(step[0]), int(step[-1])
+    begin, end = members.here_between(low, high)
+    if high - low + 1 == step.size:
+        return occupied(begin, end, low, step.size)
+    # Steps were lost in between.
+    first, last = np.searchsorted(step, begin, side="left"), np.searchsorted(step, end, side="right") - 1
+    return occupied(first, last, 0, step.size)
+
+
+def from_records(rows: pl.DataFrame, start_s: Floats, end_s: Floats, members: Members) -> tuple[Steps, Segments]:
+    """Arrays of the steps `rows` (STEPS in order), with their times, and of the segments in them.
+
+    A segment that goes beyond these steps is cut to them.
+    """
+    step = rows["step"].cast(pl.Int64).to_numpy() - members.base
+    segments = _segments(members, step)
+    q, ones = step.astype(np.float64), np.ones(step.size)
     count, listed = sum_segments(segments, ones, q)
-    recorded = table.select(pl.col(WORK).cast(pl.Float64)).to_numpy()
-    in_step = table["requests"].cast(pl.Float64).fill_null(0.0).to_numpy()
+    recorded = np.column_stack([rows[name].cast(pl.Float64).to_numpy() for name in WORK])
+    in_step = rows["requests"].cast(pl.Float64).fill_null(0.0).to_numpy()
     requests = np.maximum(np.maximum(count, in_step), 1.0)
     # Half-chunks may have been rounded per request when the table was written: that is no unlisted work.
     rounding = np.abs(recorded - listed) <= np.maximum(count, 1.0)[:, None] * np.array([0.0, 0.0, 0.0, 1.0])
     work = np.where(rounding, listed, np.maximum(recorded, listed))
     return Steps(
-        start_s=_with_pauses(start_s, end_s, segments, table["waiting"].fill_null(0).to_numpy() > 0),
-        end_s=np.maximum.accumulate(end_s),
-        measured_s=end_s - start_s,
+        start_s=start_s,
+        end_s=end_s,
+        measured_s=((rows["end_ns"] - rows["start_ns"]) / NS_PER_S).to_numpy(),
         g=ones,
         q=q,
         requests=requests,
@@ -100,36 +132,25 @@ def no_steps() -> tuple[Steps, Segments]:
     return steps, Segments(index, index, index, index, none, none, none, none, none)
 
 
-def _segments(table: pl.DataFrame, number: Ints, request_ids: pl.Series, source: str) -> Segments:
-    """The rows of segments.parquet that lie in recorded steps; `number` is the steps' numbers, ascending."""
-    for name in ("first_step", "last_step", "kind", "tokens_per_step", "context_start"):
-        if table[name].null_count():
-            raise RunError(f"{source}: column '{name}' has a null in row {table[name].is_null().arg_max()}")
-    odd = table.filter(~pl.col("kind").is_in(["prefill", "decode"]))
-    if odd.height:
-        raise RunError(f"{source}: column 'kind': '{odd['kind'][0]}' is neither prefill nor decode")
-    wrong = table.filter(pl.col("last_step") < pl.col("first_step"))
-    if wrong.height:
-        raise RunError(f"{source}: request {wrong['request_id'][0]}: last_step is before first_step")
-    row = pl.DataFrame({"request_id": request_ids}).with_row_index("request")
-    table = table.join(row, on="request_id", how="left", maintain_order="left")
-    first_step = table["first_step"].cast(pl.Int64).to_numpy()
-    first = np.searchsorted(number, first_step, side="left")
-    last = np.searchsorted(number, table["last_step"].cast(pl.Int64).to_numpy(), side="right") - 1
-    prefill = (table["kind"] == "prefill").to_numpy()
-    tokens = table["tokens_per_step"].cast(pl.Float64).to_numpy()
+def _segments(members: Members, step: Ints) -> Segments:
+    """The segments in the steps numbered `step` from the members' base, ascending; cut to these."""
+    rows = members.among(int(step[0]), int(step[-1]))
+    first, last = members.first[rows].astype(np.int64), members.last[rows].astype(np.int64)
+    prefill = members.prefill[rows]
+    tokens = members.tokens[rows].astype(np.float64)
     segments = Segments(
-        request=table["request"].cast(pl.Int64).fill_null(-1).to_numpy(),
-        first=first.astype(np.int64),
-        last=last.astype(np.int64),
+        request=members.request[rows].astype(np.int64),
+        first=np.searchsorted(step, first, side="left").astype(np.int64),
+        last=np.searchsorted(step, last, side="right").astype(np.int64) - 1,
         kind=np.where(prefill, PREFILL, DECODE).astype(np.int64),
         tokens=tokens,
         reads=np.where(prefill, tokens, 1.0),
-        context=table["context_start"].cast(pl.Float64).to_numpy() + np.where(prefill, tokens / 2, 0.0),
+        context=members.context[rows].astype(np.float64) + np.where(prefill, tokens / 2, 0.0),
         growth=tokens,
-        q_start=(first_step - number[0]).astype(np.float64),
+        q_start=first.astype(np.float64),
     )
-    return take(segments, first <= last)
+    some = segments.first <= segments.last  # not only in steps that were lost
+    return segments if some.all() else take(segments, some)
 
 
 def take(segments: Segments, rows: Bools | Ints) -> Segments:
@@ -137,53 +158,24 @@ def take(segments: Segments, rows: Bools | Ints) -> Segments:
     return Segments(*(getattr(segments, name)[rows] for name in Segments.__dataclass_fields__))
 
 
+def steps_at(steps: Steps, rows: Bools | Ints | slice) -> Steps:
+    """The steps at `rows`."""
+    arrays = {name: value[rows] for name, value in vars(steps).items() if name != "timed"}
+    return Steps(**arrays, timed=steps.timed)
+
+
+def segments_between(segments: Segments, low: int, high: int) -> Segments:
+    """The segments in the steps `low` to `high`, exclusive, cut to these and counted from `low`."""
+    part = take(segments, (segments.first < high) & (segments.last >= low))
+    first, last = np.maximum(part.first, low) - low, np.minimum(part.last, high - 1) - low
+    return replace(part, first=first, last=last)
+
+
 def sum_segments(segments: Segments, g: Floats, q: Floats) -> tuple[Floats, Floats]:
-    """Per step the number of requests (n,) and the work (n, 4) that `segments` put into it.
-
-    Sums of integers and halves, exact in float64 for step records.
-    """
-
-    def running(values: Floats, rows: Bools) -> Floats:
-        delta = np.zeros(q.size + 1)
-        np.add.at(delta, segments.first[rows], values[rows])
-        np.add.at(delta, segments.last[rows] + 1, -values[rows])
-        return np.cumsum(delta)[:-1]
-
-    work = np.zeros((q.size, 4))
-    base = segments.reads * (segments.context - segments.growth * segments.q_start)
+    """Per step the number of requests (n,) and the work (n, 4) that `segments` put into it."""
+    if not q.size:
+        return np.zeros(0), np.zeros((0, len(WORK)))
+    base = segments.reads * (segments.context + segments.growth * (q[0] - segments.q_start))
     slope = segments.reads * segments.growth
-    for kind, token_column, read_column in (
-        (PREFILL, PREFILL_TOKENS, PREFILL_ATTENTION),
-        (DECODE, DECODE_TOKENS, CONTEXT_TOKENS),
-    ):
-        rows = segments.kind == kind
-        work[:, token_column] = running(segments.tokens, rows) * g
-        work[:, read_column] = (running(base, rows) + running(slope, rows) * q) * g
-    everyone = np.ones(len(segments), dtype=bool)
-    return running(np.ones(len(segments)), everyone), np.maximum(work, 0.0)
-
-
-def _with_pauses(start_s: Floats, end_s: Floats, segments: Segments, waiting: Bools) -> Floats:
-    """Each step's start, moved back over the pause before it unless the engine was empty then.
-
-    The engine is empty between two steps when they are further apart than a pause, nobody waited after the first, and
-    no request has segments on both sides.
-    """
-    previous_s = np.concatenate([[-np.inf], np.maximum.accumulate(end_s)[:-1]])
-    gap_s = start_s - previous_s
-    ours = segments.request >= 0
-    group = np.where(ours, segments.request, -1 - np.arange(len(segments)))  # each foreign segment stands alone
-    _, member = np.unique(group, return_inverse=True)
-    first = np.full(len(segments), np.iinfo(np.int64).max)
-    last = np.full(len(segments), -1)
-    np.minimum.at(first, member, segments.first)
-    np.maximum.at(last, member, segments.last)
-    held = np.zeros(start_s.size + 1)
-    seen = last >= 0
-    np.add.at(held, first[seen] + 1, 1.0)
-    np.add.at(held, last[seen] + 1, -1.0)
-    occupied = np.cumsum(held)[:-1] > 0
-    occupied |= np.concatenate([[False], waiting[:-1]])
-    occupied |= gap_s < PAUSE_S
-    occupied[0] = False
-    return np.where(occupied, previous_s, np.maximum(start_s, previous_s))
+    prefill = segments.kind == PREFILL
+    return sum_pieces(segments.first, segments.last, prefill, segments.tokens, base, slope, g, q - q[0])

@@ -6,11 +6,13 @@ from typing import Any
 import numpy as np
 import polars as pl
 
+from analysis.counter import UNREAD
+from analysis.fit import Quality
 from analysis.idle import Idle
 from analysis.latency import answered
 from analysis.load import CpuData, Floats, RunData, names
-from analysis.model import Quality
-from analysis.timeline import EDGE_S, Curve, GpuTimeline
+from analysis.regimes import Regime
+from analysis.timeline import EDGE_S, Curve, Estimate, GpuTimeline
 from tracegen.console import format_si
 
 # One board's gain against another's, from the published tests of power meters on H100 (Yang et al., "Part-time Power
@@ -39,6 +41,7 @@ class InstanceEnergy:
     misfit_rel: float
     idle: tuple[Idle, ...]
     timelines: tuple[GpuTimeline, ...]
+    regimes: tuple[Regime, ...] = ()  # of clock, each with its own fit
 
 
 def summarize(
@@ -49,7 +52,7 @@ def summarize(
         float(np.sum([getattr(part, name) for part in parts])) for name in ("measured_j", "idle_j", "other_j")
     )
     attributed_j = float(frame["energy_j"].sum())
-    served = data.requests.join(frame, on="request_id", how="left").filter(answered()).drop_nulls("energy_j")
+    served = frame.with_columns(data.requests["status"]).filter(answered()).drop_nulls("energy_j")
     each_j = served["energy_j"].mean()
     notes = [*data.notes, *_notes(data, parts, frame, unknown)]
     memberships = sorted({p.membership for p in parts if p.membership})
@@ -101,7 +104,7 @@ def _notes(data: RunData, parts: list[InstanceEnergy], frame: pl.DataFrame, unkn
     notes = []
     if unknown:
         notes.append(f"{unknown} requests left no record of their work: their energy is null, not zero")
-    failed = data.requests.join(frame, on="request_id", how="left").filter((pl.col("status") != "ok").fill_null(True))
+    failed = frame.with_columns(data.requests["status"]).filter((pl.col("status") != "ok").fill_null(True))
     if failed.height:
         counts = failed["status"].fill_null("no status").value_counts(sort=True).sort("count", "status")
         kinds = ", ".join(f"{count} {status}" for status, count in counts.reverse().iter_rows())
@@ -117,14 +120,59 @@ def _notes(data: RunData, parts: list[InstanceEnergy], frame: pl.DataFrame, unkn
         )
     for part in parts:
         notes += [i.why for i in part.idle if i.why]
+        if len(part.regimes) > 1:
+            clocks = ", ".join(f"{r.clock_mhz or 0:.0f} MHz from {r.start_s:.0f} s" for r in part.regimes)
+            notes.append(f"instance {part.instance}: its clock changed during the run ({clocks}): each has its own fit")
     said: dict[str, list[str]] = {}
     for line in (line for part in parts for line in part.timelines):
+        for text in (*line.said, *_patched(line), *_windows_said(line)):
+            said.setdefault(text, []).append(line.name)
         if line.why:
             said.setdefault(f"energy from {line.curve.source} samples: the counter {line.why}", []).append(line.name)
         elif abs(line.mismatch_rel or 0.0) > MISMATCH_REL:
             off = f"power samples come to {100 * (line.mismatch_rel or 0.0):+.0f} % of the counter's energy"
             said.setdefault(f"{off}: one of them is wrong", []).append(line.name)
     return notes + [f"{names(gpus)}: {text}" for text, gpus in said.items()]
+
+
+def _patched(line: GpuTimeline) -> list[str]:
+    """What to say of the stretches of one GPU's energy that its own sensor did not measure, by reason.
+
+    Holes between readings are named where the run is loaded.
+    """
+    texts = []
+    for why in dict.fromkeys(patch.why for patch in line.patches if UNREAD not in patch.why):
+        rows = [patch for patch in line.patches if patch.why == why]
+        seconds = sum(p.end_s - p.start_s for p in rows)
+        texts.append(f"{why} ({seconds:.1f} s, from {rows[0].start_s:.0f} s on)")
+    return texts
+
+
+def _windows_said(line: GpuTimeline) -> list[str]:
+    """What to say of a sensor whose window was not told: the run's own answer, or why it has none."""
+    found = line.estimate
+    if found is None:
+        return []
+    if isinstance(found, str):
+        return [f"the manifest does not tell the window of the {line.curve.source} sensor, and {found}"]
+    untold = f"the manifest does not tell the window of the {found.source} sensor"
+    return [f"{untold}: estimated from the steps' work (window and lag in fit, sensors)"]
+
+
+def _sensor_document(line: GpuTimeline) -> dict[str, Any]:
+    """Which windows of power a GPU was fitted by, and who told them; null: not known, or not estimated."""
+    found = line.estimate
+    known = found if isinstance(found, Estimate) else None
+    spans_s = line.windows.end_s - line.windows.start_s
+    return {
+        "gpu": line.name,
+        "source": line.windows.source,
+        "window_s": float(np.median(spans_s)) if spans_s.size else None,
+        "window_from": "manifest" if line.told else "run" if known else "readings",
+        "window_se_s": known.window_se_s if known else None,
+        "lag_s": known.lag_s if known else None,
+        "lag_se_s": known.lag_se_s if known else None,
+    }
 
 
 def _fit_document(part: InstanceEnergy) -> dict[str, Any]:
@@ -138,6 +186,19 @@ def _fit_document(part: InstanceEnergy) -> dict[str, Any]:
         "measured_j": part.measured_j,
         "energy_source": "+".join(sorted({t.curve.source for t in part.timelines})),
         "samples_over_counter_rel": float(np.mean(mismatches)) if mismatches else None,
+        "sensors": [_sensor_document(line) for line in part.timelines],
+        "patches": [
+            {
+                "gpu": line.name,
+                "source": line.curve.source,
+                "start_s": p.start_s,
+                "seconds": p.end_s - p.start_s,
+                "joules": p.joules,
+                "why": p.why,
+            }
+            for line in part.timelines
+            for p in line.patches
+        ],
         "idle_power_w": {
             "before": sum(i.before_w for i in part.idle),
             "after": sum(i.after_w for i in part.idle),
@@ -148,5 +209,6 @@ def _fit_document(part: InstanceEnergy) -> dict[str, Any]:
         "sensor_windows": quality.windows if quality else 0,
         "duration_rel_rms": quality.duration_rel_rms if quality else None,
         "power_rel_rms": quality.power_rel_rms if quality else None,
+        "regimes": [{"start_s": r.start_s, "end_s": r.end_s, "sm_clock_mhz": r.clock_mhz} for r in part.regimes],
         "block_misfit_rel": part.misfit_rel,
     }

@@ -1,26 +1,32 @@
-"""The energy that one GPU had used by time t, from its counter or else from its power samples.
+"""The energy that one GPU had used by time t, from its counter or else from its power samples, and windows to fit by.
 
-A reading that a sensor showed at an update describes the time since the update before, so values hold *back*.
-Integrating by trapezoid across unchanged or dropped samples would be wrong (100 W for 10 s, then 500 W for 0.1 s is
-1050 J, not 3030 J).
+A long run is read slab by slab: what is decided of a moment rests on the readings around it and on what a `Survey` of
+the slabs before brings along, so joules between two times do not depend on where slabs are cut.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
+from analysis.counter import Counted, Survey, read_counter
 from analysis.load import Floats, GpuData
-from analysis.steps import Bools, Ints
+from analysis.patches import EDGE_S as MISSED_S
+from analysis.patches import Patch, Shape
+from analysis.samples import COLUMNS, SOURCES, Updates, read_updates, shape_of, window_of, with_holes_filled
 
-EDGE_S = 1.0  # a source that misses less than this at the window's edges is extended at its nearest power
-STILL_UPDATES = 5  # a counter may miss so many of its own updates, or EDGE_S, before it counts as frozen
+EDGE_S = MISSED_S  # a source that misses less than this at the window's edges is extended at its nearest power
 DATED_SHARE = 0.5  # of the readings that must be dated for windows to go by dates
-SAMPLED = ("instant", "average")
+NOTHING_KNOWN = Survey()
 
 
 @dataclass(frozen=True)
 class Curve:
-    """E(t): joules `e_j` at times `t_s`, linear between; `source` is `counter`, `instant` or `average`."""
+    """E(t): joules `e_j` at times `t_s`, linear between; `source` is `counter`, `instant` or `average`.
+
+    A counter's joules are its own, those of samples count from the first reading: only differences have a meaning.
+    """
 
     source: str
     t_s: Floats
@@ -54,6 +60,20 @@ class Windows:
 
 
 @dataclass(frozen=True)
+class Estimate:
+    """What a run tells of a sensor's window and lag, s, with standard errors."""
+
+    source: str
+    window_s: float
+    window_se_s: float
+    lag_s: float
+    lag_se_s: float
+    r2: float  # of the readings, explained by the work in their windows
+    better_rel: float  # of the squared residuals, which window and lag take away from plain readings
+    readings: int
+
+
+@dataclass(frozen=True)
 class GpuTimeline:
     """What the sensors of one GPU say: the curve to account by, the windows to fit by, and their disagreement."""
 
@@ -62,128 +82,119 @@ class GpuTimeline:
     windows: Windows
     mismatch_rel: float | None  # samples over counter, minus 1, within the window; None without both
     why: str | None  # why the curve is not the counter
+    patches: tuple[Patch, ...] = ()  # stretches of the curve that its own sensor did not measure
+    said: tuple[str, ...] = ()  # readings that cannot be true, and what was done about them
+    told: bool = True  # whether windows are as the manifest says; else each reading's is the time since the one before
+    survey: Survey = NOTHING_KNOWN  # of this slab alone
+    estimate: Estimate | str | None = None  # of the sensor, or why there is none; None: there was no need of one
 
 
-def read_timeline(gpu: GpuData, duration_s: float) -> GpuTimeline | str:
-    """The timeline of `gpu` over `[0, duration_s]`, or the reason why there is none."""
-    counter, why = _counter_curve(gpu, duration_s)
-    source = next((s for s in SAMPLED if np.isfinite(_samples_w(gpu, s)).sum() >= 2), None)
-    samples = None if source is None else _sample_curve(gpu, source)
-    curve = counter or samples
-    if curve is None:
-        return f"{gpu.name}: the counter {why}, and neither power_instant_mw nor power_average_mw has two readings"
-    mismatch = None
-    if counter is not None and samples is not None:
-        used_j = counter.between(0.0, duration_s)
-        mismatch = samples.between(0.0, duration_s) / used_j - 1.0 if used_j > 0 else None
-    windows = _instant_windows(gpu) or _increments(curve)
-    return GpuTimeline(gpu.name, curve, windows, mismatch, None if counter else why)
+def read_timeline(
+    gpu: GpuData,
+    end_s: float,
+    start_s: float = 0.0,
+    *,
+    known: Survey = NOTHING_KNOWN,
+    peers: Sequence[GpuData] = (),
+) -> GpuTimeline | str:
+    """The timeline of `gpu` over `[start_s, end_s]`, or the reason why there is none.
 
-
-def _counter_curve(gpu: GpuData, duration_s: float) -> tuple[Curve | None, str]:
-    """The counter's curve through its value changes, or why the counter is not sound.
-
-    Nulls between readings do no harm, since the counter sums; a decrease, a missing end or a value that stands still
-    does: a GPU always draws power, so a counter that does not move has stopped counting.
+    For a slab of a long run `gpu` holds readings from 3 s before to 3 s after it, and `known` the sum of the `survey`
+    of the slabs before. `peers` are the other GPUs of its group, which do the same work: where this one has not two
+    kinds of samples, the first peer's give the course of power through stretches that were missed, never the level.
     """
-    known = np.isfinite(gpu.counter_j)
-    t_s, e_j = gpu.t_s[known], gpu.counter_j[known]
-    if e_j.size < 2:
-        return None, "has no readings"
-    if np.any(np.diff(e_j) < 0):
-        return None, "decreases"
-    changed = np.flatnonzero(np.diff(e_j) > 0) + 1
-    if changed.size < 2:
-        return None, "does not move"
-    if t_s[0] > EDGE_S or t_s[-1] < duration_s - EDGE_S:
-        return None, "does not cover the window"
-    # The value changed somewhere between two polls: half-way is right on average when the polls are the finer grid.
-    # After a hole in the polls it changed within the last period before the reading, not half-way into the hole.
-    poll_s, update_s = float(np.median(np.diff(t_s))), float(np.median(np.diff(t_s[changed])))
-    still = _still(t_s, changed, duration_s, max(EDGE_S, STILL_UPDATES * update_s))
-    if still:
-        return None, still
-    seen_s = t_s[changed]
-    if update_s > 1.5 * poll_s:
-        seen_s = t_s[changed] - np.minimum(t_s[changed] - t_s[changed - 1], update_s) / 2
-    return Curve("counter", seen_s, e_j[changed]), ""
-
-
-def _still(t_s: Floats, changed: Ints, duration_s: float, longest_s: float) -> str:
-    """Where in the window the counter was read for more than `longest_s` without a change; empty where nowhere."""
-    seen_s = t_s[changed]
-    if seen_s[0] > longest_s:
-        return f"first moves {seen_s[0]:.0f} s into the window of {duration_s:.0f} s"
-    if seen_s[-1] < duration_s - longest_s:
-        return f"stands still from {max(seen_s[-1], 0.0):.0f} s on, in a window of {duration_s:.0f} s"
-    held_s = t_s[changed[1:] - 1] - seen_s[:-1]  # up to the last reading that showed the same
-    held_s[(seen_s[1:] < 0) | (seen_s[:-1] > duration_s)] = 0.0
-    i = int(np.argmax(held_s))
-    return f"stands still for {held_s[i]:.0f} s at {seen_s[i]:.0f} s" if held_s[i] > longest_s else ""
-
-
-def _samples_w(gpu: GpuData, source: str) -> Floats:
-    return gpu.instant_w if source == "instant" else gpu.average_w
-
-
-def _updates(gpu: GpuData, source: str) -> tuple[Floats, Floats, Floats, Bools]:
-    """Per update of the sensor: when it ended, since when its value holds, the value in W, and whether it is dated.
-
-    A new sensor time is an update. A reading without one (the first polls, before the sampler has seen the value
-    change; every average) counts as an update at its poll.
-    """
-    known = np.isfinite(_samples_w(gpu, source))
-    poll_s, watts = gpu.t_s[known], _samples_w(gpu, source)[known]
-    dated = np.isfinite(gpu.sensor_s[known]) & (source == "instant")
-    lag_s = float(gpu.sensors.get(source, {}).get("lag_ns") or 0) / 1e9
-    end_s = np.maximum.accumulate(np.where(dated, gpu.sensor_s[known], poll_s))
-    new = np.concatenate([[True], np.diff(end_s) > 0])
-    last_old_poll_s = np.concatenate([[-np.inf], poll_s[:-1]])[new]
-    end_s, watts = end_s[new], watts[new]
-    since_s = np.concatenate([[end_s[0]], end_s[:-1]])
-    period_s = _period_s(gpu, source, end_s)
-    # Polls that went on showing the old value tell that the sensor repeated it, so the new one is not that old.
-    repeated_s = np.minimum(end_s - period_s, last_old_poll_s)
-    since_s = np.where(end_s - since_s > 1.5 * period_s, np.maximum(since_s, repeated_s), since_s)
-    return end_s - lag_s, since_s - lag_s, watts, dated[new]
-
-
-def _period_s(gpu: GpuData, source: str, end_s: Floats) -> float:
-    """The sensor's period: as the manifest says, else the usual distance of its updates."""
-    told = gpu.sensors.get(source, {}).get("period_ns")
-    return float(told) / 1e9 if told else float(np.median(np.diff(end_s))) if end_s.size > 1 else 0.1
-
-
-def _sample_curve(gpu: GpuData, source: str) -> Curve | None:
-    """The integral of held-back samples; a value that holds for part of a gap leaves the rest to the one before."""
-    end_s, since_s, watts, _ = _updates(gpu, source)
-    if end_s.size < 2:
-        return None
-    before_w = np.concatenate([[watts[0]], watts[:-1]])
-    previous_s = np.concatenate([[end_s[0]], end_s[:-1]])
-    times = np.stack([since_s, end_s], axis=1).ravel()
-    joules = np.stack([(since_s - previous_s) * before_w, (end_s - since_s) * watts], axis=1).ravel()
-    new = np.concatenate([[True], np.diff(times) > 0])
-    return Curve(source, times[new], np.cumsum(joules)[new])
-
-
-def _instant_windows(gpu: GpuData) -> Windows | None:
-    """The windows that the instant sensor averaged over; None where their length is not known."""
-    window_s = float(gpu.sensors.get("instant", {}).get("window_ns") or 0) / 1e9
-    if not window_s or np.isfinite(gpu.instant_w).sum() < 2:
-        return None
-    end_s, _, watts, dated = _updates(gpu, "instant")
-    if dated.sum() >= DATED_SHARE * dated.size:
-        end_s, watts = end_s[dated], watts[dated]
+    gpu = _in_order(gpu)
+    window_s = (start_s, end_s)
+    found = [updates for source in SOURCES if (updates := read_updates(gpu, source)) is not None]
+    seen = [shape_of(gpu, updates) for updates in found]
+    if len(found) < len(SOURCES):
+        seen += next(([shape] for peer in peers if (shape := _shape(peer, f" of {peer.name}")) is not None), [])
+    counted = read_counter(gpu.t_s, gpu.counter_j, window_s, seen[0] if seen else None, known)
+    samples, patches = _sampled(found, seen, window_s)
+    said = tuple(text for updates in found for text in updates.said)
+    if counted.why is None:
+        curve, patches = Curve("counter", counted.t_s, counted.e_j), counted.patches
+    elif samples is not None:
+        curve = samples
     else:
-        # Undated readings: keep those where the value is new, dated half-way back to the poll before.
-        new = np.flatnonzero(np.diff(watts) != 0) + 1
-        end_s, watts = (end_s[new] + end_s[new - 1]) / 2, watts[new]
-    return Windows("instant", end_s - window_s, end_s, watts) if end_s.size else None
+        neither = " nor ".join(COLUMNS.values())
+        return f"{gpu.name}: the counter {counted.why}, and neither {neither} has two readings"
+    windows = _sensor_windows(gpu, found[0]) if found else None
+    return GpuTimeline(
+        name=gpu.name,
+        curve=curve,
+        windows=windows or _increments(curve),
+        mismatch_rel=_mismatch(counted, curve, samples, window_s),
+        why=counted.why,
+        patches=patches,
+        said=counted.said + said,
+        told=windows is not None,
+        survey=counted.survey,
+    )
+
+
+def _in_order(gpu: GpuData) -> GpuData:
+    """`gpu` with its readings in order of time, the first of several at one time."""
+    if bool(np.all(gpu.t_s[1:] > gpu.t_s[:-1])):
+        return gpu
+    _, rows = np.unique(gpu.t_s, return_index=True)
+    columns: dict[str, Any] = {
+        name: values[rows]
+        for name, values in vars(gpu).items()
+        if isinstance(values, np.ndarray) and values.size == gpu.t_s.size
+    }
+    return replace(gpu, **columns)
+
+
+def _shape(gpu: GpuData, of: str) -> Shape | None:
+    """The power samples of `gpu` as a shape to fill from."""
+    gpu = _in_order(gpu)
+    updates = next((u for source in SOURCES if (u := read_updates(gpu, source)) is not None), None)
+    return None if updates is None else shape_of(gpu, updates, COLUMNS[updates.source] + of)
+
+
+def _sampled(
+    found: Sequence[Updates], shapes: Sequence[Shape], window_s: tuple[float, float]
+) -> tuple[Curve | None, tuple[Patch, ...]]:
+    """The curve by the best samples, its holes filled by the next best; None without any."""
+    if not found:
+        return None, ()
+    other = shapes[1] if len(shapes) > 1 else None
+    t_s, e_j, patches = with_holes_filled(shapes[0], found[0].hole_s, window_s, other)
+    return (Curve(found[0].source, t_s, e_j), patches) if t_s.size > 1 else (None, ())
+
+
+def _mismatch(counted: Counted, curve: Curve, samples: Curve | None, window_s: tuple[float, float]) -> float | None:
+    """Samples over counter, minus 1; where the counter was filled in, over what is left."""
+    if counted.why is not None or samples is None:
+        return None
+    if counted.patches:
+        return counted.survey.samples_j / counted.survey.counter_j - 1.0 if counted.survey.counter_j > 0 else None
+    used_j = curve.between(*window_s)
+    return samples.between(*window_s) / used_j - 1.0 if used_j > 0 else None
+
+
+def _sensor_windows(gpu: GpuData, updates: Updates) -> Windows | None:
+    """The windows that the sensor averaged over; None where the manifest does not tell their length."""
+    window_s = window_of(gpu, updates.source)
+    if not window_s:
+        return None
+    end_s, watts = dated_readings(updates)
+    return Windows(updates.source, end_s - window_s, end_s, watts) if end_s.size else None
+
+
+def dated_readings(updates: Updates) -> tuple[Floats, Floats]:
+    """When readings ended their windows, as well as can be known, and their values in W."""
+    end_s, watts, dated = updates.end_s, updates.watts, updates.dated
+    if np.count_nonzero(dated) >= DATED_SHARE * dated.size:
+        return (end_s, watts) if dated.all() else (end_s[dated], watts[dated])
+    # Undated readings: keep those where the value is new, dated half-way back to the poll before.
+    new = np.flatnonzero(watts[1:] != watts[:-1]) + 1
+    return (end_s[new] + end_s[new - 1]) / 2, watts[new]
 
 
 def _increments(curve: Curve) -> Windows:
     """The curve's own steps as windows."""
-    wide = np.diff(curve.t_s) > 0
-    span_s = np.diff(curve.t_s)[wide]
-    return Windows(curve.source, curve.t_s[:-1][wide], curve.t_s[1:][wide], np.diff(curve.e_j)[wide] / span_s)
+    span_s = np.diff(curve.t_s)
+    wide = span_s > 0
+    return Windows(curve.source, curve.t_s[:-1][wide], curve.t_s[1:][wide], np.diff(curve.e_j)[wide] / span_s[wide])

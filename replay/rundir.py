@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import polars as pl
 import pyarrow as pa
@@ -220,14 +220,60 @@ def _read_part(path: Path, table: str, columns: Sequence[str] | None) -> pl.Data
 
 
 def table_batches(run_dir: Path, table: str, columns: Sequence[str]) -> Iterator[pl.DataFrame]:
-    """`scan_table`, but some rows at a time: never is the whole table in memory. Raises `RunError` as it does."""
+    """`scan_table`, but some rows at a time: never is the whole table in memory. Raises `RunError` as it does.
+
+    Rows of a part without one of the optional `columns` come without it.
+    """
+    needed = [name for name in columns if name in TABLES[table]]
     path = run_dir / f"{table}.parquet"
     if not has_table(run_dir, table):
         raise RunError(f"{run_dir}: has no table {table}.parquet")
     for part in sorted(path.glob(_PARTS)) if path.is_dir() else [path]:
         with _reading(part, table), pq.ParquetFile(part, page_checksum_verification=True) as file:
             for rows in file.iter_batches(_BATCH_ROWS, columns=columns):
-                yield _checked(pa.Table.from_batches([rows]), table, part, columns)
+                yield _checked(pa.Table.from_batches([rows]), table, part, needed)
+
+
+class RowGroup(NamedTuple):
+    """Some consecutive rows of one file of a table, and what the file's statistics say of them, if anything."""
+
+    path: Path
+    number: int  # which row group of the file
+    rows: int
+    low: int | None  # least and greatest value of a column
+    high: int | None
+    full: frozenset[str]  # columns without a null
+
+
+def row_groups(run_dir: Path, table: str, column: str) -> list[RowGroup]:
+    """The row groups of `table` in the order written, by their statistics of `column`; reads no rows.
+
+    Raises `RunError` when the table is missing or damaged, or has no such column.
+    """
+    path = run_dir / f"{table}.parquet"
+    if not has_table(run_dir, table):
+        raise RunError(f"{run_dir}: has no table {table}.parquet")
+    groups = []
+    for part in sorted(path.glob(_PARTS)) if path.is_dir() else [path]:
+        with _reading(part, table), pq.ParquetFile(part) as file:
+            empty = file.schema_arrow.empty_table()
+            check_table(pl.DataFrame(dict(zip(empty.column_names, empty.columns, strict=True))).lazy(), table, part)
+            for number in range(file.num_row_groups):
+                meta = file.metadata.row_group(number)
+                chunks = {chunk.path_in_schema: chunk.statistics for chunk in map(meta.column, range(meta.num_columns))}
+                known = chunks[column]
+                low, high = (known.min, known.max) if known is not None and known.has_min_max else (None, None)
+                full = frozenset(
+                    name for name, s in chunks.items() if s is not None and s.has_null_count and not s.null_count
+                )
+                groups.append(RowGroup(part, number, meta.num_rows, low, high, full))
+    return groups
+
+
+def read_group(group: RowGroup, table: str, columns: Sequence[str]) -> pl.DataFrame:
+    """The checked rows of one of `row_groups`, of `columns` alone. Raises `RunError` when they are damaged."""
+    with _reading(group.path, table), pq.ParquetFile(group.path, page_checksum_verification=True) as file:
+        return _checked(file.read_row_group(group.number, columns), table, group.path, columns)
 
 
 def _checked(arrow: pa.Table, table: str, path: Path, columns: Sequence[str] | None) -> pl.DataFrame:

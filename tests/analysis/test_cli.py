@@ -13,7 +13,7 @@ from analysis.cli import app, main
 from analysis.energy import attribute
 from analysis.query import query
 
-COMMANDS = ["energy", "buckets", "query", "compare", "report"]
+COMMANDS = ["energy", "methods", "check", "buckets", "latency", "query", "compare", "report"]
 
 
 @pytest.fixture
@@ -106,6 +106,29 @@ def test_text_columns_of_a_query_stand_at_the_left(cli, run_of):
     assert len(row.rstrip()) == len(head.rstrip())
 
 
+def test_goodput_is_asked_for_as_of_vllm(cli, run_of):
+    run = run_of()
+    code, out, _ = cli("latency", run.path, "--goodput", "ttft:200", "tpot:50", "e2el:5000")
+    assert code == 0
+    assert "SIMULATED  run" in out
+    assert "met ttft 200 ms, tpot 50 ms, e2el 5000 ms" in out
+    arguments = (
+        "--goodput",
+        "ttft:200",
+        "tpot:50",
+        run.path,
+        "--by",
+        "window",
+        "--metric-percentiles",
+        "50,99.9",
+        "--json",
+    )
+    (document,) = json.loads(cli("latency", *arguments)[1])
+    assert document["slo"]["bounds_ms"] == {"ttft": [200.0] * 3, "tpot": [50.0] * 3}
+    assert document["groups"][0]["ttft_ms_p99.9"] > 0
+    assert "20-40 s" in cli("latency", run.path, "--by", "window", "--window", "20s")[1]
+
+
 def test_slo_says_whose_tbt_it_is(cli, run_of):
     out = cli("buckets", run_of().path, "--slo-tbt", "75")[1]
     assert "a request's mean TBT within 75 ms" in out
@@ -139,12 +162,15 @@ def test_report_writes_a_page(cli, run_of, tmp_path):
         (["energy", "NO_POWER"], "has no power samples"),
         (["buckets", "RUN", "--by", "colour"], "cannot group by 'colour'"),
         (["buckets", "RUN", "--slo-ttft", "x"], "three positive numbers"),
+        (["buckets", "RUN", "--steady"], "no steady state"),
+        (["latency", "RUN", "--goodput", "speed:3"], "'speed' is not one of ttft"),
+        (["latency", "RUN", "--by", "window", "--window", "x"], "'x' is not a duration"),
         (["query", "RUN", "SELEC"], "only SELECT, WITH, SHOW"),
         (["query", "SELECT 1"], "at least one run directory"),
         (["query", "RUN", "SELECT 1 AS a", "--format", "xml"], "use one of table, csv, json, parquet"),
         (["query", "RUN", "SELECT 1 AS a", "--format", "parquet"], "needs a file"),
         (["query", "RUN", "SELECT run FROM runs", "--format", "csv", "-o", "no/where.csv"], "cannot be written"),
-        (["compare", "RUN"], "Missing argument"),
+        (["compare", "RUN"], "1 runs do not say what to compare with what"),
         (["report", "RUN", "-o", "no/where.html"], "cannot be written"),
         (["energy", "RUN", "--nonsense"], "No such option"),
     ],

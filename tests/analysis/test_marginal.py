@@ -1,5 +1,7 @@
 """What requests add: the method `marginal`, and predictions that a meter can check."""
 
+from dataclasses import replace
+
 import numpy as np
 import polars as pl
 import pytest
@@ -8,7 +10,8 @@ from analysis import split
 from analysis.added import added_energy, predict_requests
 from analysis.blocks import cut_blocks
 from analysis.energy import attribute, attribute_methods
-from analysis.model import ActivityModel, LinearModel, pace_of
+from analysis.model import Model, linear_model, pace_of
+from analysis.pricing import price_steps
 from analysis.split import METHODS, share, share_marginal
 from analysis.steps import DECODE, PREFILL, Segments, Steps, sum_segments
 from replay.rundir import Run
@@ -18,21 +21,29 @@ from tracegen.synthesize import synthesize
 
 IDLE_W = 200.0
 STEPS = 12
-NOTHING = np.zeros(5)
-OVERLAPPING = ActivityModel(
-    np.array([0.002, 0, 1e-5, 0, 0]),
-    np.array([0.003, 1e-4, 1e-4, 0, 1e-8]),
-    np.array([0.018, 0, 0, 3e-7, 0]),
+NOTHING = np.zeros(6)
+OVERLAPPING = Model(
+    np.array([0.002, 0, 1e-5, 0, 0, 0]),
+    np.array([0.003, 1e-4, 1e-4, 0, 1e-8, 0]),
+    np.array([0.018, 0, 0, 3e-7, 0, 0]),
     3.0,
+    0.0,
     np.array([20.0, 150, 80, 60, 40, 0, 0, 30, 0.1, 0, 0, 0, 0]),
 )
 # Time grows faster than work (compute hides behind memory until it does not); power is the same whatever goes on.
-CONVEX = ActivityModel(NOTHING, np.array([0, 1e-4, 1e-4, 0, 0]), np.array([0.02, 0, 0, 0, 0]), 4.0, np.eye(13)[0] * 300)
-# Time is nearly all overhead, and power rises with the root of the activity: the first work is the dearest.
-CONCAVE = ActivityModel(
-    np.array([0.1, 0, 0, 0, 0]), np.array([0, 1e-6, 1e-6, 0, 0]), np.array([1e-5, 0, 0, 0, 0]), 1.0, np.eye(13)[3] * 300
+CONVEX = Model(
+    NOTHING, np.array([0, 1e-4, 1e-4, 0, 0, 0]), np.array([0.02, 0, 0, 0, 0, 0]), 4.0, 0.0, np.eye(13)[0] * 300
 )
-LINEAR = LinearModel(np.array([0.02, 1e-4, 3e-5, 2e-7, 1e-8]), np.array([60.0, 0.05, 0.02, 1e-5, 1e-6]))
+# Time is nearly all overhead, and power rises with the root of the activity: the first work is the dearest.
+CONCAVE = Model(
+    np.array([0.1, 0, 0, 0, 0, 0]),
+    np.array([0, 1e-6, 1e-6, 0, 0, 0]),
+    np.array([1e-5, 0, 0, 0, 0, 0]),
+    1.0,
+    0.0,
+    np.eye(13)[3] * 300,
+)
+LINEAR = linear_model(np.array([0.02, 1e-4, 3e-5, 2e-7, 1e-8]), np.array([60.0, 0.05, 0.02, 1e-5, 1e-6]))
 
 
 def layout(rows) -> tuple[Steps, Segments]:
@@ -80,7 +91,7 @@ ALIKE = [(r, 0, 11, DECODE, 40, 0) for r in range(5)]
 
 def marginal(model, steps, segments) -> split.Shares:
     idle_w = np.full(STEPS, IDLE_W)
-    return share_marginal(model, steps, segments, idle_w, model.parts(steps, idle_w).total)
+    return share_marginal(model, steps, segments, idle_w, price_steps(model, steps, idle_w).total)
 
 
 @pytest.mark.parametrize(
@@ -89,7 +100,7 @@ def marginal(model, steps, segments) -> split.Shares:
 def test_a_lone_request_pays_its_whole_steps(model):
     steps, segments = layout([(0, 0, 0, PREFILL, 300, 0), (0, 1, 11, DECODE, 1, 300)])
     shares = marginal(model, steps, segments)
-    step_j = model.parts(steps, np.full(STEPS, IDLE_W)).total
+    step_j = price_steps(model, steps, np.full(STEPS, IDLE_W)).total
     np.testing.assert_allclose(shares.energy_j, [step_j[0], step_j[1:].sum()], rtol=1e-12)
     assert shares.unlisted_j == pytest.approx(0, abs=1e-9)
 
@@ -99,7 +110,7 @@ def test_it_is_the_step_with_the_request_less_the_step_without_at_the_steps_own_
     steps, segments = layout(MIXED)
     shares = marginal(model, steps, segments)
     idle_w, pace = np.full(STEPS, IDLE_W), pace_of(model, steps)
-    step_j = model.parts(steps, idle_w).total
+    step_j = price_steps(model, steps, idle_w).total
     for i in range(len(segments)):
         expected_j = 0.0
         for k in range(int(segments.first[i]), int(segments.last[i]) + 1):
@@ -115,7 +126,7 @@ def test_it_is_the_step_with_the_request_less_the_step_without_at_the_steps_own_
 
 def test_the_time_that_work_adds_is_paid_at_idle_power_and_more():
     steps, segments = layout(ALIKE)
-    no_power = ActivityModel(CONVEX.overhead, CONVEX.compute, CONVEX.memory, CONVEX.exponent, np.zeros(13))
+    no_power = replace(CONVEX, power=np.zeros(13))
     pace = pace_of(no_power, steps)
     less = no_power.predict_s(steps.work * 0.8)
     np.testing.assert_allclose(marginal(no_power, steps, segments).energy_j, (IDLE_W * (0.05 - pace * less)).sum())
@@ -127,7 +138,7 @@ def test_it_is_above_the_shapley_price_where_cost_grows_faster_than_work_and_bel
     blocks = cut_blocks(steps, 1.0)
 
     def both(model):
-        shares = share(model.parts(steps, idle_w), steps, segments, blocks)
+        shares = share(price_steps(model, steps, idle_w), steps, segments, blocks)
         return marginal(model, steps, segments).energy_j, shares.energy_j - shares.shared_j
 
     convex, price = both(CONVEX)
@@ -140,8 +151,8 @@ def test_it_is_above_the_shapley_price_where_cost_grows_faster_than_work_and_bel
 
 def test_what_is_left_over_can_be_less_than_nothing():
     steps, segments = layout([(r, 0, 11, DECODE, 100, 0) for r in range(5)])
-    steep = ActivityModel(
-        NOTHING, np.array([0, 1e-4, 1e-4, 0, 0]), np.array([1e-4, 0, 0, 0, 0]), 4.0, np.eye(13)[5] * 9
+    steep = Model(
+        NOTHING, np.array([0, 1e-4, 1e-4, 0, 0, 0]), np.array([1e-4, 0, 0, 0, 0, 0]), 4.0, 0.0, np.eye(13)[5] * 9
     )
     shares = marginal(steep, steps, segments)
     assert shares.energy_j.sum() + shares.unlisted_j == pytest.approx(12 * 0.05 * (IDLE_W + 9), rel=1e-3)
@@ -237,7 +248,7 @@ def test_slow_first_steps_of_a_warm_up_teach_the_model_nothing(run_of, rewrite):
 
 
 def test_an_unknown_method_is_told_of_all(run_of):
-    with pytest.raises(AnalysisError, match="use one of shapley, equal-time, tokens, marginal"):
+    with pytest.raises(AnalysisError, match="use one of shapley, equal-time, tokens, work, marginal"):
         attribute(run_of(), "average")
 
 

@@ -1,5 +1,6 @@
 """The report stands alone, says what it is, and lets no text of a run become markup."""
 
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import polars as pl
@@ -94,9 +95,20 @@ def test_headlines_follow_from_the_tables(run_of):
 
 
 def test_two_runs_are_compared_in_the_headline(run_of):
-    page = Page(rendered(run_of("a"), run_of("b", law="soft")))
-    assert "used least" in page.text
-    assert "with 95 % intervals: J/request" in page.text
+    a, b = run_of("a"), run_of("b", law="soft")
+    dear = ensure_energy(a)
+    summary = dear.summary | {"measured_j": 1.5 * dear.summary["measured_j"]}
+    dear = replace(dear, requests=dear.requests.with_columns(pl.col("energy_j") * 1.5), summary=summary)
+    page = Page(render_report([a, b], [dear, ensure_energy(b)], "t"))
+    assert "b used least" in page.text
+    assert "one run each, with 95 % intervals: J/request" in page.text
+
+
+def test_runs_that_cannot_be_told_apart_are_not_ranked(run_of):
+    for other in ({}, {"law": "soft"}):  # the same again; and another that differs by less than chance
+        page = Page(rendered(run_of(f"a{len(other)}"), run_of(f"b{len(other)}", **other)))
+        assert "cannot be told apart by their energy" in page.text
+        assert "used least" not in page.text
 
 
 def test_a_run_without_energy_is_reported_with_the_reason(run_of, rewrite):

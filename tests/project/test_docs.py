@@ -51,6 +51,41 @@ def test_the_tutorial_runs_as_written(tmp_path):
     assert energy.join(requests, on="request_id", how="inner").height == requests.height > 0
 
 
+def test_the_queries_run_as_written(virtual_run, tmp_path, monkeypatch, capfd):
+    import duckdb
+
+    trace = synthesize_for_queries()
+    for name, clock_mhz in (("fast", 1830), ("slow", 1200)):
+        virtual_run(tmp_path / "runs" / name, trace, freq_mhz=clock_mhz)
+    monkeypatch.chdir(tmp_path)
+    for language, text in blocks(DOCS / "queries.md", ("sh", "python", "sql")):
+        if language == "sh":
+            subprocess.run(["sh", "-euc", text], env=environment(), check=True)
+        elif language == "python":
+            exec(compile(text, "queries.md", "exec"), {})
+        else:
+            sys.stdout.write(str(duckdb.sql(text)))
+        said = capfd.readouterr().out
+        assert said.strip(), text
+        assert "0 rows" not in said, text  # as DuckDB and
+        assert "shape: (0," not in said, text  # Polars say it
+    assert pl.read_csv("energy.csv").height == 40
+
+
+def synthesize_for_queries() -> pl.DataFrame:
+    """Forty requests, two a second, of one label."""
+    rows = pl.int_range(40, eager=True)
+    return pl.DataFrame(
+        {
+            "request_id": rows,
+            "arrival_ns": rows * 500_000_000,
+            "input_tokens": 50 + rows * 37,
+            "output_tokens": 20 + rows * 5,
+            "label": ["chat"] * 40,
+        }
+    )
+
+
 def test_the_readme_names_targets_that_exist():
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     targets = {

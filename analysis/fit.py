@@ -1,0 +1,233 @@
+"""The step model of one instance: its form chosen and its coefficients fitted on the run itself.
+
+The form is chosen by cross-validation in blocks of time: of durations by the error on held-out steps, of power by the
+error on held-out sensor windows. A simpler form of durations wins within one standard error of the best. Durations are
+exact; power is fitted on sensor windows: a window's features are the means of the features of the steps inside, so the
+sensor's smoothing is undone instead of ignored.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from analysis.duration import (
+    ALL,
+    FEW,
+    fit_linear,
+    fit_soft,
+    halves_of,
+    likely_wave,
+    misfit,
+    sample_of,
+    scaled_nnls,
+)
+from analysis.load import Floats
+from analysis.model import POWERS, TERMS, TINY, Model, linear_model
+from analysis.regimes import regime_of
+from analysis.steps import Bools, Ints, Steps
+from analysis.timeline import Windows
+
+THIN_STEPS, THIN_WINDOWS = 300, 200  # fewer tell a dozen coefficients nothing: the linear model then
+FIT_WINDOWS = 100_000  # of all GPUs: with 2 % noise each, what they average to is known to 1e-4
+BLOCKS = 10  # of cross-validation: stretches of time, every other one held out in turn
+RATES = np.array([i == 0 or i >= TERMS for i in range(POWERS)])  # a constant, and so much a step and unit of work
+EVERY = np.ones(POWERS, dtype=bool)
+
+
+@dataclass(frozen=True)
+class Quality:
+    """How well a model fits what was measured."""
+
+    model: str
+    duration_rel_rms: float | None  # of steps
+    power_rel_rms: float | None  # of sensor windows, noise included
+    steps: int
+    windows: int
+
+
+def fit_model(
+    steps: Steps, windows: Sequence[tuple[Windows, Floats]], *, linear: bool = False
+) -> tuple[Model, Quality]:
+    """Fit a model of one instance; `windows` are per GPU the sensor's, with idle power (W, one a window).
+
+    The power coefficients are of the whole group: one GPU's, times their number. Steps that ended before the window are
+    left out: they warm the engine up, and its first steps take longer than any later ones of the same work.
+    `linear`: the simplest form, unasked.
+    """
+    inside = steps.end_s > 0
+    steps = steps if inside.all() or not inside.any() else steps_at(steps, inside)
+    thin = not steps.timed or len(steps) < THIN_STEPS or sum(w.watts.size for w, _ in windows) < THIN_WINDOWS
+    model = _duration_model(steps, simple=thin or linear)
+    power, power_rms, count = _fit_power(model, steps, windows)
+    model = replace(model, power=power * len(windows))
+    predicted = model.predict_s(steps.work)
+    return model, Quality(
+        model="linear" if model.linear else "activity",
+        duration_rel_rms=None if predicted is None else _rel_rms(predicted, steps.measured_s),
+        power_rel_rms=power_rms,
+        steps=len(steps),
+        windows=count,
+    )
+
+
+def fit_regimes(
+    steps: Steps, windows: Sequence[tuple[Windows, Floats]], changes: Floats, *, linear: bool = False
+) -> list[tuple[Model, Quality]]:
+    """`fit_model` for each stretch between `changes` (s, of the GPUs' clock), by its own steps and windows."""
+    if not changes.size:
+        return [fit_model(steps, windows, linear=linear)]
+    fits = []
+    step_regime = regime_of(steps.end_s, changes)
+    for regime in range(changes.size + 1):
+        own = []
+        for window, idle_w in windows:
+            rows = regime_of(window.end_s, changes) == regime
+            arrays = (window.start_s[rows], window.end_s[rows], window.watts[rows])
+            own.append((Windows(window.source, *arrays), idle_w[rows]))
+        fits.append(fit_model(steps_at(steps, step_regime == regime), own, linear=linear))
+    return fits
+
+
+def main_fit(fits: Sequence[tuple[Model, Quality]]) -> tuple[Model, Quality]:
+    """The model of the regime with most steps, and how well all of them fit together."""
+    if len(fits) == 1:
+        return fits[0]
+    model, most = max(fits, key=lambda fit: fit[1].steps)
+    steps, windows = (sum(getattr(quality, name) for _, quality in fits) for name in ("steps", "windows"))
+
+    def together(name: str, count: str) -> float | None:
+        known = [(getattr(q, name), getattr(q, count)) for _, q in fits if getattr(q, name) is not None]
+        total = sum(n for _, n in known)
+        return float(np.sqrt(sum(n * rms**2 for rms, n in known) / total)) if total else None
+
+    return model, replace(
+        most,
+        duration_rel_rms=together("duration_rel_rms", "steps"),
+        power_rel_rms=together("power_rel_rms", "windows"),
+        steps=steps,
+        windows=windows,
+    )
+
+
+def steps_at(steps: Steps, rows: Bools) -> Steps:
+    """The steps at `rows`."""
+    arrays = {name: value[rows] for name, value in vars(steps).items() if name != "timed"}
+    return Steps(**arrays, timed=steps.timed)
+
+
+def choose(errors: Sequence[Floats]) -> int:
+    """The first of several forms, the preferred first, that is within one standard error of the best.
+
+    `errors`: for each form the mean squared held-out errors by block. The standard error is that of the difference
+    from the best, block by block, since blocks that are hard are so for every form.
+    """
+    means = [float(e.mean()) for e in errors]
+    best = int(np.argmin(means))
+    for form, error in enumerate(errors):
+        difference = error - errors[best]
+        if means[form] - means[best] <= float(np.std(difference)) / np.sqrt(max(difference.size - 1, 1)):
+            return form
+    return best
+
+
+def _duration_model(steps: Steps, *, simple: bool) -> Model:
+    """The model of durations, without power: linear, or the soft maximum in the form that predicts best."""
+    if not steps.timed:
+        return linear_model(None, np.zeros(5))
+    sample = sample_of(steps)
+    straight = fit_linear(sample)
+    if simple:
+        return straight
+    whole = fit_soft(sample, halves_of(straight), ALL, 0.0)
+    wave = likely_wave(whole, sample)
+    forms = [(FEW, 0.0), (ALL, 0.0), (ALL, wave)]
+    fitted = [fit_soft(sample, halves_of(straight), FEW, 0.0), whole]
+    fitted.append(fit_soft(sample, halves_of(straight), ALL, wave))
+    block = np.arange(sample.measured_s.size) * BLOCKS // sample.measured_s.size
+    errors = [np.zeros(BLOCKS) for _ in range(len(forms) + 1)]
+    for parity in (0, 1):
+        train, test = sample.take(block % 2 != parity), sample.take(block % 2 == parity)
+        # Starting from the fit to all steps saves most of the time, and the data decide where it ends.
+        held_out = [fit_linear(train)] + [
+            fit_soft(train, start, overhead, w) for start, (overhead, w) in zip(fitted, forms, strict=True)
+        ]
+        for form, model in enumerate(held_out):
+            errors[form] += _by_block(misfit(model, test) ** 2, block[block % 2 == parity])
+    return [straight, *fitted][choose(errors)]
+
+
+def _by_block(squares: Floats, block: Ints) -> Floats:
+    """Mean of `squares` in each block; 0 where it has none."""
+    count = np.bincount(block, minlength=BLOCKS)
+    return np.asarray(np.bincount(block, weights=squares, minlength=BLOCKS) / np.maximum(count, 1))
+
+
+def _rel_rms(predicted: Floats, measured: Floats) -> float:
+    """Root mean square of the difference, over the mean."""
+    return float(np.sqrt(np.mean((predicted - measured) ** 2)) / max(float(np.mean(measured)), TINY))
+
+
+def _fit_power(
+    model: Model, steps: Steps, windows: Sequence[tuple[Windows, Floats]]
+) -> tuple[Floats, float | None, int]:
+    """Coefficients of one GPU's power above idle on sensor windows, the residuals' relative rms, and the count."""
+    matrix, target, level, end_s = _window_rows(model, steps, windows)
+    power = np.zeros(POWERS)
+    if target.size < 2:
+        return power, None, int(target.size)
+    used = RATES
+    if not model.linear:
+        # Whole steps hardly tell the two apart, but what part of a step would have cost does: the activities' terms are
+        # the better guess there, unless held-out windows speak against them.
+        forms = (EVERY, RATES)
+        used = forms[choose([_held_out(matrix[:, form], target, level, end_s) for form in forms])]
+    power[used] = scaled_nnls(matrix[:, used], target)
+    missed = matrix @ power - target
+    return power, float(np.sqrt(np.mean(missed**2)) / max(level.mean(), TINY)), int(target.size)
+
+
+def _held_out(matrix: Floats, target: Floats, level: Floats, end_s: Floats) -> Floats:
+    """Mean squared error of power on windows that were held out, relative, by block of time."""
+    block = np.minimum((end_s - end_s.min()) / max(float(np.ptp(end_s)), TINY) * BLOCKS, BLOCKS - 1).astype(np.int64)
+    errors = np.zeros(BLOCKS)
+    for parity in (0, 1):
+        test = block % 2 == parity
+        if test.any() and not test.all():
+            missed = matrix[test] @ scaled_nnls(matrix[~test], target[~test]) - target[test]
+            errors += _by_block((missed / level.mean()) ** 2, block[test])
+    return errors
+
+
+def _window_rows(
+    model: Model, steps: Steps, windows: Sequence[tuple[Windows, Floats]]
+) -> tuple[Floats, Floats, Floats, Floats]:
+    """Mean features (m, 13) of the windows that saw steps, their power above idle, power and ends."""
+    edges_s, integral = _integrate(model.features(steps), steps)
+    blocks = []
+    for window, idle_w in windows:
+        inside = (window.start_s >= edges_s[0] - 1.0) & (window.end_s <= edges_s[-1] + 1.0)
+        rows = np.flatnonzero(inside)
+        rows = rows[:: max(1, -(-rows.size * len(windows) // FIT_WINDOWS))]
+        start_s, end_s = window.start_s[rows], window.end_s[rows]
+        watts = window.watts[rows]
+        blocks.append((_means(edges_s, integral, start_s, end_s), watts - idle_w[rows], watts, end_s))
+    matrix, target, level, ends_s = (np.concatenate(part) for part in zip(*blocks, strict=True))
+    busy = matrix.any(axis=1)
+    return matrix[busy], target[busy], level[busy], ends_s[busy]
+
+
+def _integrate(features: Floats, steps: Steps) -> tuple[Floats, Floats]:
+    """Times, and the integral of the features up to them: zero between steps and in the pauses before them."""
+    span_s = steps.end_s - steps.start_s
+    busy_s = np.minimum(steps.measured_s, span_s) if steps.timed else span_s
+    edges_s = np.stack([steps.end_s - busy_s, steps.end_s], axis=1).ravel()
+    pieces = np.zeros((edges_s.size, features.shape[1]))
+    pieces[1::2] = features * busy_s[:, None]
+    return edges_s, np.cumsum(pieces, axis=0)
+
+
+def _means(edges_s: Floats, integral: Floats, start_s: Floats, end_s: Floats) -> Floats:
+    """Mean features over each window."""
+    columns = [np.interp(end_s, edges_s, column) - np.interp(start_s, edges_s, column) for column in integral.T]
+    return np.stack(columns, axis=1) / np.maximum(end_s - start_s, TINY)[:, None]

@@ -1,0 +1,177 @@
+"""Who was in which steps: segments.parquet as compact arrays, an instance at a time, 21 bytes a row."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+from analysis.checks import check_segments, check_steps
+from analysis.kernels import first_overlap, spans_of
+from replay.rundir import RowGroup, Run, read_group, row_groups
+from tracegen.errors import RunError
+
+Ints32 = NDArray[np.int32]
+COLUMNS = ("instance", "request_id", "first_step", "last_step", "kind", "tokens_per_step", "context_start")
+SPARSE = 8  # ids spread wider than so many times their number are looked up by bisection
+MOST_STEPS = 2**31 - 2  # between an instance's first and last step
+
+
+@dataclass(frozen=True)
+class Members:
+    """One instance's segments in order of their first step; arrays of one length, and two by request."""
+
+    base: int  # the step number that all others count from
+    request: Ints32  # row of the request's id, -1 for one that is not ours
+    first: Ints32
+    last: Ints32  # inclusive
+    prefill: NDArray[np.bool_]
+    tokens: NDArray[np.uint32]
+    context: NDArray[np.uint32]
+    reach: Ints32  # the greatest `last` so far
+    here_from: Ints32  # in ascending order, the first step of each request, foreign segments standing alone,
+    here_to: Ints32  # and its last
+    here_reach: Ints32  # the greatest `here_to` so far
+
+    def __len__(self) -> int:
+        return int(self.request.size)
+
+    def among(self, low: int, high: int) -> NDArray[np.int64]:
+        """Rows of the segments that are in some of the steps `low` to `high`, counted from `base`."""
+        end = int(np.searchsorted(self.first, high, side="right"))
+        begin = int(np.searchsorted(self.reach[:end], low, side="left"))
+        return begin + np.flatnonzero(self.last[begin:end] >= low)
+
+    def here_between(self, low: int, high: int) -> tuple[Ints32, Ints32]:
+        """First and last step of the requests that were in the engine at some of the steps `low` to `high`."""
+        end = int(np.searchsorted(self.here_from, high, side="right"))
+        begin = int(np.searchsorted(self.here_reach[:end], low, side="left"))
+        return self.here_from[begin:end], self.here_to[begin:end]
+
+
+class RowOf:
+    """Finds the row of a request's id."""
+
+    def __init__(self, ids: pl.Series) -> None:
+        """`ids`: unique, by row."""
+        values = ids.to_numpy().astype(np.uint64)
+        self._low = int(values.min()) if values.size else 0
+        span = (int(values.max()) - self._low + 1) if values.size else 0
+        self._table: Ints32 | None = None
+        if span <= SPARSE * values.size + 1000:
+            self._table = np.full(span, -1, dtype=np.int32)
+            self._table[(values - np.uint64(self._low)).astype(np.int64)] = np.arange(values.size, dtype=np.int32)
+        self._order = np.argsort(values) if self._table is None else np.zeros(0, dtype=np.int64)
+        self._sorted = values[self._order] if self._table is None else values[:0]
+
+    def __call__(self, ids: pl.Series) -> Ints32:
+        """Rows of `ids`, -1 for a null and for an id that is not there."""
+        null = ids.is_null().to_numpy() if ids.null_count() else None
+        values = ids.fill_null(self._low).to_numpy() if null is not None else ids.to_numpy()
+        if self._table is not None:
+            inside = (values >= np.uint64(self._low)) & (values < np.uint64(self._low + self._table.size))
+            place = np.where(inside, values - np.uint64(self._low), 0).astype(np.int64)
+            rows = np.where(inside, self._table[place], -1) if self._table.size else np.full(values.size, -1)
+        else:
+            place = np.minimum(np.searchsorted(self._sorted, values), self._sorted.size - 1)
+            rows = np.where(self._sorted[place] == values, self._order[place], -1)
+        return (rows if null is None else np.where(null, -1, rows)).astype(np.int32)
+
+
+def read_members(run: Run, row_of: RowOf) -> tuple[dict[int, Members], list[str]]:
+    """The segments of each instance of `run`, and what to say of rows that were cut.
+
+    Raises `RunError` naming file, column and row where they contradict themselves or a complete run's steps.
+    """
+    pieces: dict[int, list[dict[str, NDArray[np.generic]]]] = {}
+    groups = row_groups(run.path, "segments", "first_step")
+    lows = [group.low for group in groups]
+    base = min((low for low in lows if low is not None), default=0) if None not in lows else 0
+    for rows in _checked(run, groups, base):
+        request = row_of(rows["request_id"])
+        for instance in rows["instance"].unique().to_list():
+            mine = (rows["instance"] == instance).to_numpy()
+            part = rows if mine.all() else rows.filter(pl.Series(mine))
+            pieces.setdefault(instance, []).append(
+                {
+                    "request": request[mine],
+                    "first": (part["first_step"].cast(pl.Int64) - base).to_numpy().astype(np.int32),
+                    "last": (part["last_step"].cast(pl.Int64) - base).to_numpy().astype(np.int32),
+                    "prefill": (part["kind"] == "prefill").to_numpy(),
+                    "tokens": part["tokens_per_step"].to_numpy(),
+                    "context": part["context_start"].to_numpy(),
+                }
+            )
+    members = {instance: _members(base, parts) for instance, parts in pieces.items()}
+    return members, _check(run, members)
+
+
+def _checked(run: Run, groups: list[RowGroup], base: int) -> Iterator[pl.DataFrame]:
+    """The row groups of the table, each row possible by itself."""
+    source, before = run.path / "segments.parquet", 0
+    for group in groups:
+        rows = read_group(group, "segments", COLUMNS)
+        for name in COLUMNS:
+            if name != "request_id" and rows[name].null_count():
+                raise RunError(
+                    f"{source}: column '{name}' has a null in row {before + int(rows[name].is_null().arg_max() or 0)}"
+                )
+        for wrong, why in (
+            (~rows["kind"].is_in(["prefill", "decode"]), "column 'kind': '{kind}' is neither prefill nor decode"),
+            (rows["last_step"] < rows["first_step"], "request {request_id}: last_step is before first_step"),
+            (rows["last_step"] > base + MOST_STEPS, "column 'last_step': {last_step} is 2^31 steps after the first"),
+        ):
+            if wrong.any():
+                row = int(wrong.arg_max() or 0)
+                raise RunError(f"{source}: row {before + row}, {why.format(**rows.row(row, named=True))}")
+        before += rows.height
+        yield rows
+
+
+def _members(base: int, parts: list[dict[str, NDArray[np.generic]]]) -> Members:
+    """One instance's arrays, in order."""
+    whole = {}
+    for name in list(parts[0]):
+        whole[name] = np.concatenate([part.pop(name) for part in parts])
+    if np.any(np.diff(whole["first"]) < 0):
+        order = np.argsort(whole["first"], kind="stable")
+        whole = {name: values[order] for name, values in whole.items()}
+    here_from, here_to = spans_of(whole["request"], whole["first"], whole["last"])
+    order = np.argsort(here_from, kind="stable")
+    return Members(
+        base,
+        **whole,
+        reach=np.maximum.accumulate(whole["last"]),
+        here_from=here_from[order],
+        here_to=here_to[order],
+        here_reach=np.maximum.accumulate(here_to[order]),
+    )
+
+
+def _check(run: Run, members: dict[int, Members]) -> list[str]:
+    """Whether a request is in a step twice, or in steps that were not recorded."""
+    twice = any(first_overlap(m.request, m.first, m.last) >= 0 for m in members.values())
+    ends = last_steps(run)
+    beyond = any(len(m) and m.base + int(m.reach[-1]) > ends[i] for i, m in members.items() if i in ends)
+    strange = set(members) - {int(i["instance"]) for i in run.manifest["instances"]}
+    if not twice and not beyond and not strange:
+        return []
+    segments, steps = run.scan("segments").collect(), run.scan("steps", ["instance", "step"]).collect()
+    check_steps(run, run.scan("steps").collect().sort("instance", "step"))
+    remark = check_segments(run, segments, steps)
+    return [remark] if remark else []
+
+
+def last_steps(run: Run) -> dict[int, int]:
+    """The number of the last step of each instance in steps.parquet."""
+    known: dict[int, int] = {}
+    by_step = row_groups(run.path, "steps", "step")
+    for group, place in zip(by_step, row_groups(run.path, "steps", "instance"), strict=True):
+        if place.low is not None and place.low == place.high and group.high is not None:
+            known[place.low] = max(group.high, known.get(place.low, 0))
+        else:
+            rows = read_group(group, "steps", ("instance", "step"))
+            for instance, step in rows.group_by("instance").agg(pl.col("step").max()).iter_rows():
+                known[instance] = max(step, known.get(instance, 0))
+    return known
