@@ -31,8 +31,11 @@ def test_a_run_compared_with_itself_does_not_differ(run_of):
 
 
 def later(run, milliseconds):
-    """The requests of `run` with their first tokens later."""
-    return run.scan("requests").with_columns(pl.col("first_token_ns") + milliseconds * 1_000_000).collect()
+    """The requests of `run` with their first tokens later, and what would have come before these."""
+    moved = run.scan("requests").with_columns(pl.col("first_token_ns") + milliseconds * 1_000_000)
+    return moved.with_columns(
+        pl.max_horizontal(c, "first_token_ns").alias(c) for c in ("last_token_ns", "done_ns")
+    ).collect()
 
 
 def test_a_difference_is_found_with_its_size_and_sign(run_of, rewrite):

@@ -4,7 +4,8 @@ import numpy as np
 import polars as pl
 import pytest
 
-from analysis.energy import attribute, measured_curves
+from analysis.accounts import accounts
+from analysis.energy import attribute
 from analysis.load import GpuData, load_run
 from analysis.regimes import LASTING_S, mean_clock_mhz, regime_changes, regime_of, with_enough
 
@@ -79,7 +80,7 @@ def test_a_run_of_two_clocks_and_a_driver_reset_is_fitted_twice_and_patched(run_
         .otherwise(pl.col("energy_mj")),
     )
     data = load_run(run, "gpu")
-    whole_j = sum(line.curve.between(0, data.duration_s) for _, line in measured_curves(data))
+    whole_j = sum(line.curve.between(0, data.duration_s) for known in accounts(data) for line in known.timelines)
     summary = attribute(rewrite(run, power=power)).summary
     (fit,) = summary["fit"]
     assert [regime["sm_clock_mhz"] for regime in fit["regimes"]] == pytest.approx([1980, 1200], abs=40)
