@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from analysis.duration import (
     ALL,
@@ -58,8 +59,9 @@ def fit_model(
     inside = steps.end_s > 0
     steps = steps if inside.all() or not inside.any() else steps_at(steps, inside)
     thin = not steps.timed or len(steps) < THIN_STEPS or sum(w.watts.size for w, _ in windows) < THIN_WINDOWS
-    model = _duration_model(steps, simple=thin or linear)
-    power, power_rms, count = _fit_power(model, steps, windows)
+    with threadpool_limits(1, "blas"):  # its matrices are small: threads would only wait for each other
+        model = _duration_model(steps, simple=thin or linear)
+        power, power_rms, count = _fit_power(model, steps, windows)
     model = replace(model, power=power * len(windows))
     predicted = model.predict_s(steps.work)
     return model, Quality(

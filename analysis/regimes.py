@@ -39,15 +39,30 @@ def regime_changes(gpus: Sequence[GpuData], start_s: float, end_s: float) -> Flo
         return np.zeros(0)
     # A median over this many seconds drops what is shorter than LASTING_S and leaves longer changes where they are.
     clock_mhz = median_filter(np.mean(clocks, axis=0), size=2 * LASTING_S - 1, mode="reflect")
-    changes: list[float] = []
+    changes: list[int] = []
     at = 0
     while True:
         level = float(np.median(clock_mhz[at : at + LASTING_S]))
         off = np.flatnonzero(np.abs(clock_mhz[at:] / level - 1) > CHANGE_REL)
         if not off.size or at + off[0] + LASTING_S > clock_mhz.size:
-            return np.array(changes)
+            return start_s + _without_wander(clock_mhz, changes)
         at += max(int(off[0]), 1)
-        changes.append(start_s + at)
+        changes.append(at)
+
+
+def _without_wander(clock_mhz: Floats, changes: list[int]) -> Floats:
+    """`changes`, seconds, but for those between stretches of much the same clock on the whole.
+
+    A clock that a power cap holds follows the load up and down for minutes: that is one law too.
+    """
+    while changes:
+        levels = [float(np.mean(part)) for part in np.split(clock_mhz, changes)]
+        steps = [abs(after / before - 1) for before, after in pairwise(levels)]
+        least = int(np.argmin(steps))
+        if steps[least] > CHANGE_REL:
+            break
+        del changes[least]
+    return np.array(changes, dtype=np.float64)
 
 
 def regime_of(t_s: Floats, changes: Floats) -> Ints:

@@ -36,6 +36,7 @@ MARGIN_S = 3.0  # of readings on either side of a slab: what is made of them rea
 CLOCK_STEP_MHZ = 30  # within which a clock is the same: two steps of its grid
 SAMPLES = 6  # stretches that a long run's model is fitted on,
 SAMPLED_STEPS = 240_000  # with so many steps in all
+SHORTEST_SAMPLE_S = 200.0  # several blocks
 STEP_COLUMNS = (
     "instance", "step", "start_ns", "end_ns", "prefill_tokens", "decode_tokens", "context_tokens", "prefill_attention",
     "requests", "waiting",
@@ -88,7 +89,8 @@ class _Recorded:
         start_s, end_s = times_of(rows, self._members, self._before, self._zero_ns)
         inside = [np.clip(t, 0.0, self._duration_s) for t in (start_s, end_s)]
         cuts = cut_times(inside[0], inside[1], self._begin_s, until_s, final=final)
-        here = rows.height if final else int(np.searchsorted((inside[0] + inside[1]) / 2, cuts[-1], side="left"))
+        middle_s = (inside[0] + inside[1]) / 2
+        here = rows.height if final else int(np.searchsorted(middle_s, cuts[-1])) if len(cuts) > 1 else 0
         if here:
             last = rows.row(here - 1, named=True)
             self._before = Before(float(end_s[here - 1]), bool(last["waiting"] or 0))
@@ -139,7 +141,8 @@ class _Client:
         if final:
             start_s, end_s = np.minimum(start_s, until_s), np.minimum(end_s, until_s)
         cuts = cut_times(start_s, end_s, self._begin_s, until_s, final=final)
-        here = until - done if final else int(np.searchsorted((start_s + end_s) / 2, cuts[-1], side="left"))
+        middle_s = (start_s + end_s) / 2
+        here = until - done if final else int(np.searchsorted(middle_s, cuts[-1])) if len(cuts) > 1 else 0
         self._done, self._begin_s = done + here, cuts[-1]
         blocks = blocks_between(start_s[:here], end_s[:here], cuts)
         steps = steps_at(self._steps, slice(done, done + here))
@@ -287,8 +290,11 @@ class RunSlabs:
 
     def sample(self) -> list[list[Slab]]:
         """Slabs of some stretches, evenly spread over the window, with about SAMPLED_STEPS steps in all."""
+        if self.steps <= SAMPLED_STEPS:
+            return list(self)
         data = self._data
-        length_s = data.duration_s / SAMPLES * min(1.0, SAMPLED_STEPS / max(1, self.steps))
+        length_s = data.duration_s / SAMPLES * (SAMPLED_STEPS / self.steps)
+        length_s = min(max(length_s, SHORTEST_SAMPLE_S), data.duration_s / SAMPLES)
         begins_s = [(i + 0.5) * data.duration_s / SAMPLES - length_s / 2 for i in range(SAMPLES)]
         return [self._stretch(begin_s, begin_s + length_s) for begin_s in begins_s]
 

@@ -49,6 +49,10 @@ def test_the_jitter_of_a_power_cap_is_one_regime():
     assert changes(clocked(np.where(T_S % 8 < 3, 1400, 1980))).size == 0
 
 
+def test_a_clock_that_wanders_with_the_load_for_minutes_is_one_regime():
+    assert changes(clocked(1520 + 60 * (T_S % 140) / 140)).size == 0
+
+
 def test_an_idle_clock_is_no_regime_and_no_clock_no_change():
     idle = (T_S > 100) & (T_S < 200)
     assert changes(clocked(np.where(idle, 345, 1980), np.where(idle, 1.0, 0.0))).size == 0
