@@ -7,6 +7,7 @@ and segments. The truth table of a simulated run is never read here.
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from tracegen.schema import write_parquet
 ENERGY_DIR = "energy"
 SUMMARY = "summary.json"
 DEFAULT_METHOD = "shapley"
+THREADS = 2  # on instances at once; a third would have nothing left to do while the next slab is read
 
 
 @dataclass(frozen=True)
@@ -76,13 +78,19 @@ def attribute_methods(
     fitted, parts = _fitted(data, slabs)
     tallies = {m: [_Tally(data, i, fit, m) for i, fit in zip(data.instances, fitted, strict=True)] for m in methods}
     meters = [Meters(data, instance) for instance in data.instances]
-    for done, part in enumerate(parts):
-        for i, slab in enumerate(part):
-            known = account(data, slab, fitted[i], meters[i].known())
-            meters[i].add(known)
-            for method in methods:
-                tallies[method][i].add(known)
-        progress((done + 1) / slabs.count)
+
+    def settle(i: int, slab: Slab) -> None:
+        known = account(data, slab, fitted[i], meters[i].known())
+        meters[i].add(known)
+        for method in methods:
+            tallies[method][i].add(known)
+
+    # Instances share nothing but what is read, and the loops over steps do not hold the interpreter's lock.
+    with ThreadPoolExecutor(THREADS) as workers:
+        for done, part in enumerate(parts):
+            for _ in workers.map(settle, range(len(part)), part):
+                pass
+            progress((done + 1) / slabs.count)
     data = replace(data, notes=(*data.notes, *(note for meter in meters for note in meter.notes())))
     return {
         m: _energy(data, [t.total(meter) for t, meter in zip(tallies[m], meters, strict=True)], m, tallies[m])

@@ -141,15 +141,16 @@ def play(
     n = idle_w.size
     total, shared, square, watts = np.zeros(n), np.zeros(n), np.zeros(n), np.zeros(n)
     price = np.zeros((n, 4))
+    nothing = _state(m, 0.0, np.zeros(4), 0.0, 0.0, False)  # at zero work, but for idle power
     for k in range(n):
         x, idle = work[k], idle_w[k]
         prefill, decode = x[0], x[1]
         chunks = max(count[k], 1.0)
         full = _state(m, idle, x, 1.0, prefill, False)
-        zero = _state(m, idle, x, 0.0, 0.0, False)
+        zero_j = nothing[0] + idle * nothing[3]
         watts[k] = full[0] / full[3] - idle
-        whole = max(full[0], zero[0])
-        free = whole - zero[0]
+        whole = max(full[0], zero_j)
+        free = whole - zero_j
         paid_large, paid_rest, by_context, by_attention, large, squared = 0.0, 0.0, 0.0, 0.0, prefill, squares[k]
         if prefill > 0:
             mean = prefill / chunks
