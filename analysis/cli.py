@@ -61,7 +61,7 @@ def energy(
     from analysis.energy import ENERGY_DIR, attribute_methods
     from analysis.evaluate import BASELINE, judge
     from analysis.load import open_run
-    from analysis.printing import print_energy
+    from analysis.printing import print_energy, told_every
     from analysis.saved import save
     from analysis.split import MARGINAL
     from analysis.spread import check_choice, spread_idle
@@ -70,7 +70,9 @@ def energy(
     check_choice(idle)
     opened = open_run(run)
     judged = opened.has("truth") and method != MARGINAL
-    results = attribute_methods(opened, list(dict.fromkeys([method, *([BASELINE] if judged else [])])), scope)
+    results = attribute_methods(
+        opened, list(dict.fromkeys([method, *([BASELINE] if judged else [])])), scope, told_every()
+    )
     result = add_costs(spread_idle(results[method], idle), rates)
     save(result)
     errors = judge(opened, results) if judged else []

@@ -11,7 +11,7 @@ import numpy as np
 import polars as pl
 
 from analysis.energy import Energy, attribute_methods
-from analysis.requests import request_table
+from analysis.requests import CORE, request_table
 from analysis.split import MARGINAL
 from replay.rundir import Run
 from tracegen.errors import AnalysisError
@@ -41,7 +41,7 @@ def judge(run: Run, energies: Mapping[str, Energy]) -> list[Error]:
     if not run.has("truth"):
         raise AnalysisError(f"{run.path}: has no truth.parquet; only simulated runs know what each request really cost")
     truth = run.scan("truth").select("request_id", pl.col("energy_j").alias("truth_j")).collect()
-    buckets = request_table(run).select("request_id", "bucket")
+    buckets = request_table(run, None, CORE).select("request_id", pl.col("bucket").cast(pl.String))
     truth = truth.join(buckets, on="request_id", how="left").filter(pl.col("truth_j") > 0)
     return [
         _error(method, energy.requests.join(truth, on="request_id"))

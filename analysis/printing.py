@@ -1,12 +1,29 @@
 """An attribution for people in a terminal: where the joules went, and what that rests on."""
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from analysis.costs import rows_for_people
 from analysis.evaluate import Error
 from analysis.split import MARGINAL
-from tracegen.console import format_si, print_table, say
+from tracegen.console import format_si, note, print_table, say
+
+TOLD_S = 3.0  # between two words on how far it is
+
+
+def told_every(interval_s: float = TOLD_S) -> Callable[[float], None]:
+    """Says on stderr how much of a run is attributed, every few seconds; of what is quick it says nothing."""
+    last_s = time.monotonic()
+
+    def told(part: float) -> None:
+        nonlocal last_s
+        now_s = time.monotonic()
+        if now_s - last_s >= interval_s and part < 1:
+            note(f"attributed {100 * part:.0f} %")
+            last_s = now_s
+
+    return told
 
 
 def print_energy(summary: dict[str, Any], name: str, errors: Sequence[Error] = ()) -> None:
