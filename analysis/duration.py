@@ -11,6 +11,7 @@ from analysis.steps import Bools, Steps
 
 FIT_STEPS = 800  # of either kind (with and without prefill); plenty for twenty coefficients
 WAVES = (16.0, 32.0, 64.0, 128.0, 256.0)  # tile heights of matrix kernels, in tokens
+MOST_EVALUATIONS = 300  # 60 left soft maxima near a plain sum unfinished, and requests ten times as far off
 LARGEST_EXPONENT = 30.0  # of the soft maximum: as good as hard
 #                       1     prefill decode context attention wave
 COMPUTE = np.array([True, True, True, False, True, True])
@@ -53,7 +54,9 @@ def misfit(model: Model, sample: Sample) -> Floats:
     return np.asarray(predicted / np.maximum(sample.measured_s, 1e-6) - 1)
 
 
-def fit_soft(sample: Sample, start: Model, overhead: Bools, wave: float) -> Model:
+def fit_soft(
+    sample: Sample, start: Model, overhead: Bools, wave: float, most_evaluations: int = MOST_EVALUATIONS
+) -> Model:
     """The soft-maximum duration by bounded least squares, from `start` on."""
     masks = np.concatenate([overhead, COMPUTE, MEMORY])
     if wave <= 0:
@@ -90,7 +93,13 @@ def fit_soft(sample: Sample, start: Model, overhead: Bools, wave: float) -> Mode
     first = np.append(np.maximum(first, 1e-3), np.clip(start.exponent - 1, 0.1, LARGEST_EXPONENT - 2))
     upper = np.append(np.full(first.size - 1, np.inf), LARGEST_EXPONENT - 1)
     fit = least_squares(
-        residuals, first, jac=jacobian, bounds=(np.zeros(first.size), upper), loss="soft_l1", f_scale=0.1, max_nfev=60
+        residuals,
+        first,
+        jac=jacobian,
+        bounds=(np.zeros(first.size), upper),
+        loss="soft_l1",
+        f_scale=0.1,
+        max_nfev=most_evaluations,
     )
     return build(fit.x)
 

@@ -29,6 +29,7 @@ from analysis.regimes import regime_of
 from analysis.steps import Bools, Ints, Steps
 from analysis.timeline import Windows
 
+FEW_EVALUATIONS = 40  # where a fit starts from one that is nearly its own
 THIN_STEPS, THIN_WINDOWS = 300, 200  # fewer tell a dozen coefficients nothing: the linear model then
 FIT_WINDOWS = 100_000  # of all GPUs: with 2 % noise each, what they average to is known to 1e-4
 BLOCKS = 10  # of cross-validation: stretches of time, every other one held out in turn
@@ -152,7 +153,8 @@ def _duration_model(steps: Steps, *, simple: bool) -> Model:
         train, test = sample.take(block % 2 != parity), sample.take(block % 2 == parity)
         # Starting from the fit to all steps saves most of the time, and the data decide where it ends.
         held_out = [fit_linear(train)] + [
-            fit_soft(train, start, overhead, w) for start, (overhead, w) in zip(fitted, forms, strict=True)
+            fit_soft(train, start, overhead, w, FEW_EVALUATIONS)
+            for start, (overhead, w) in zip(fitted, forms, strict=True)
         ]
         for form, model in enumerate(held_out):
             errors[form] += _by_block(misfit(model, test) ** 2, block[block % 2 == parity])

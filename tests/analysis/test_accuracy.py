@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 
 from analysis.energy import attribute_methods
+from analysis.evaluate import evaluate
 from benchmarks.made_runs import Load, make_run
+from tracegen.synthesize import synthesize
 
 Z90 = 1.645
 
@@ -46,3 +48,13 @@ def test_no_request_pays_less_than_nothing(judged):
             for column in ("energy_j", "prefill_j", "decode_j", "shared_j"):
                 assert table[column].min() >= 0
         assert tables["work"]["shared_j"].sum() == pytest.approx(0, abs=1e-6 * tables["work"]["energy_j"].sum())
+
+
+def test_the_simulated_engines_own_requests_are_told_within_a_thousandth(virtual_run, tmp_path):
+    """The figure that README gives of the demo: a minute of chat, two requests a second, TP 8."""
+    trace, _ = synthesize("chat", 2.0, 60 * 10**9, 1)
+    run = virtual_run(tmp_path / "run", trace, tp=8, freq_mhz=1200, truth=True)
+    (error,) = evaluate(run, ["shapley"])
+    assert error.median_rel < 0.001
+    assert error.p99_rel < 0.01
+    assert error.worst_bucket_rel < 0.01
