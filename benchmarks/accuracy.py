@@ -1,14 +1,16 @@
 """Errors of attribution, and what its intervals cover, on made-up runs with ground truth.
 
-    python benchmarks/accuracy.py [SECONDS [SEED [LAW ...]]]
+    python benchmarks/accuracy.py [--slow-sensor] [--no-counter] [--client] [SECONDS [SEED [LAW ...]]]
 
 For each law (`made_runs.LAWS`; by default those quick enough for 9 requests/s) and rate: the median and 99th percentile
 of the relative error of a request, the worst bucket mean of those with ten requests or more, the same of an equal
 split, and the share of requests whose 90 % interval has the truth. Truth is first scaled to the attributed total.
+`--slow-sensor`: samples are means over a second; `--client`: without step records.
 """
 
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -42,7 +44,9 @@ def errors(run: Run, energy: Energy) -> tuple[float, float, float, float]:
 
 def main() -> None:
     """Make the runs, one at a time, and print a table in Markdown."""
-    arguments = sys.argv[1:]
+    arguments = [word for word in sys.argv[1:] if not word.startswith("--")]
+    flags = set(sys.argv[1:]) - set(arguments)
+    sensor = {"window_s": 1.0} if "--slow-sensor" in flags else {}
     seconds = float(arguments[0]) if arguments else 600.0
     seed = int(arguments[1]) if len(arguments) > 1 else 1
     print("| law | requests/s | median | p99 | worst bucket | equal split: median / p99 / bucket | 90 % covers |")
@@ -50,8 +54,12 @@ def main() -> None:
     for law in arguments[2:] or QUICK:
         for rate in RATES:
             with tempfile.TemporaryDirectory() as folder:
-                load = Load(rate=rate, duration_s=seconds, seed=seed, law=law, noise_rel=0.02)
+                load = Load(rate=rate, duration_s=seconds, seed=seed, law=law, noise_rel=0.02, **sensor)
+                load = replace(load, counter="--no-counter" not in flags)
                 run = make_run(Path(folder) / "run", load)
+                if "--client" in flags:
+                    for table in ("steps", "segments"):
+                        (run.path / f"{table}.parquet").unlink()
                 energies = attribute_methods(run, ["shapley", "equal-time"])
                 ours, equal = (errors(run, energies[m]) for m in ("shapley", "equal-time"))
             shown = " | ".join(f"{100 * value:.2f} %" for value in ours[:3])
