@@ -309,7 +309,8 @@ import sys
 # What others' packages need of the platform they have by now; what follows is ours.
 import altair, jinja2, numba, numpy, polars, polars.io.plugins, pyarrow.fs, pyarrow.parquet, rich.console, rich.table
 import scipy.optimize, scipy.stats, typer, vl_convert, asyncio, multiprocessing, concurrent.futures
-import polars.testing, subprocess, logging, tempfile
+import contextlib, polars.testing, subprocess, logging, tempfile, threadpoolctl
+threadpoolctl.threadpool_limits = lambda *_: contextlib.nullcontext()  # it would ask Windows what is loaded
 for name in ("aiohttp", "fcntl", "grp", "httptools", "pwd", "pynvml", "resource", "termios", "uvloop", "vllm"):
     sys.modules[name] = None
 sys.platform = "win32"
