@@ -99,7 +99,8 @@ def accounts(data: RunData) -> list[Account]:
     """Each instance over the whole run at once. Raises as `analysis.energy.attribute` does."""
     slabs, _ = slabs_of(data, at_once=EVERYTHING)
     (whole,) = slabs
-    return [account(data, slab, fit) for slab, fit in zip(whole, fit_run(data, [whole]), strict=True)]
+    fitted = fit_run(data, [whole])
+    return [account(data, slab, fit, timelines_of(data, slab)) for slab, fit in zip(whole, fitted, strict=True)]
 
 
 def fit_run(data: RunData, stretches: Sequence[Sequence[Slab]]) -> list[Fitted]:
@@ -109,7 +110,7 @@ def fit_run(data: RunData, stretches: Sequence[Sequence[Slab]]) -> list[Fitted]:
 
 def _fit(data: RunData, slabs: list[Slab]) -> Fitted:
     """The model of the instance of `slabs`."""
-    lines = [[timeline_of(data, gpu, slab) for gpu in slab.gpus] for slab in slabs]
+    lines = [timelines_of(data, slab) for slab in slabs]
     steps = _joined([slab.steps for slab in slabs])
     gpus = range(len(slabs[0].gpus))
     changes = with_enough(_changes(data, slabs), steps.end_s, THIN_STEPS)
@@ -151,16 +152,20 @@ def _misfit(data: RunData, slabs: list[Slab], lines: list[list[GpuTimeline]], fi
     return misfit(np.concatenate(measured), np.concatenate(modelled))
 
 
-def account(data: RunData, slab: Slab, fitted: Fitted, known: Sequence[Survey] = ()) -> Account:
-    """Price the steps of `slab` and make them agree with the meters; `known` of each GPU from the slabs before."""
-    before = known or [NOTHING_KNOWN] * len(slab.gpus)
-    lines = [timeline_of(data, gpu, slab, survey) for gpu, survey in zip(slab.gpus, before, strict=True)]
+def account(data: RunData, slab: Slab, fitted: Fitted, lines: Sequence[GpuTimeline]) -> Account:
+    """Price the steps of `slab` and make them agree with the meters, `lines` of its GPUs."""
     parts, idle_w = _priced(data, slab, fitted, fitted.fits)
     rival = _priced(data, slab, fitted, fitted.rivals)[0] if fitted.rivals else None
     expected = expect(slab.blocks, slab.steps, parts.total, lambda t: fitted.idle_w(t, data.duration_s))
     idle_se_w = float(np.sum([idle.se_w for idle in fitted.idle]))
     settled = balance(slab.blocks, expected, parts.total, _measured(slab, lines), idle_se_w, fitted.misfit_rel)
     return Account(slab, fitted, idle_w, parts, rival, settled, tuple(lines))
+
+
+def timelines_of(data: RunData, slab: Slab, known: Sequence[Survey] = ()) -> list[GpuTimeline]:
+    """What the sensors of the GPUs of `slab` say; `known` of each from the slabs before."""
+    before = known or [NOTHING_KNOWN] * len(slab.gpus)
+    return [timeline_of(data, gpu, slab, survey) for gpu, survey in zip(slab.gpus, before, strict=True)]
 
 
 def timeline_of(data: RunData, gpu: GpuData, slab: Slab, known: Survey = NOTHING_KNOWN) -> GpuTimeline:

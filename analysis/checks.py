@@ -1,155 +1,153 @@
-"""What a run directory must keep to before it is believed: the manifest's types, and tables that fit each other."""
+"""What a run's tables must keep to before they are believed: that they fit each other, and can be at all."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import polars as pl
 
-from replay.rundir import MANIFEST, Run
+from replay.rundir import MANIFEST, STATUSES, Run
 from tracegen.errors import RunError
 
-MOST_GPU = 65535  # what column `gpu` holds
 MOST_STEP = 2**62  # no engine gets that far; beyond 2^63 a number fits no signed integer
+MOST_TOKENS = 2**24  # in a step or a context; the longest contexts of models are 10 million tokens
 BACKWARDS_NS = 10_000_000  # steps may overlap; one that begins or ends earlier by more is out of order
-_NUMBER = (int, float)
-_WATTS = {"*": _NUMBER}
-# What analysis reads of a manifest: a list of one shape, an object by key (`*`: any other key), or a scalar's types.
-_SHAPES: dict[str, Any] = {
-    "state": str,
-    "engine": str,
-    "trace_sha256": str,
-    "measure_start_ns": int,
-    "measure_end_ns": int,
-    "requests": {"planned": int},
-    "instances": [
-        {
-            "instance": int,
-            "host": str,
-            "gpus": [int],
-            "tp": int,
-            "freq_mhz": _NUMBER,
-            "power_cap_w": _NUMBER,
-            "model": str,
-            "recorder": {"steps": int, "missing": int, "overhead_us_mean": _NUMBER},
-        },
-    ],
-    "gpus": [
-        {
-            "host": str,
-            "gpu": int,
-            "idle_power_w": _WATTS,
-            "idle_power_after_w": _WATTS,
-            "sensors": {"*": {"*": _NUMBER}},
-        },
-    ],
-    "hosts": [{"host": str, "offset_ns": _NUMBER, "offset_error_ns": _NUMBER}],
-    "workers": [{"worker": int, "host": str}],
-    "clock_anchors": [{"monotonic_ns": int, "unix_ns": int}],
-    "verdicts": [{"name": str, "ok": bool}],
+LONGEST_NS = 3_600_000_000_000  # of a step: no engine works an hour on one
+AHEAD, OVERLAP_NS = 2, 1_000_000_000  # engines schedule one step ahead, so two at most are in flight; but for jitter
+# No time before another; each may be null, and all of a row are of one clock.
+_TIMES_IN_ORDER = (
+    ("first_token_ns", "sent_ns"), ("last_token_ns", "first_token_ns"), ("last_token_ns", "sent_ns"),
+    ("done_ns", "sent_ns"), ("done_ns", "first_token_ns"), ("done_ns", "last_token_ns"),
+)  # fmt: skip
+MOST_IN_STEP = {
+    "prefill_tokens": MOST_TOKENS,
+    "decode_tokens": MOST_TOKENS,
+    "requests": MOST_TOKENS,
+    "context_tokens": MOST_TOKENS**2,
+    "prefill_attention": MOST_TOKENS**2,
 }
 
 
-def check_manifest(run: Run) -> None:
-    """Raise `RunError` naming the key of `run`'s manifest whose value is of another type, or cannot be.
-
-    A missing key is none of that.
-    """
-    for key, shape in _SHAPES.items():
-        if run.manifest.get(key) is not None:
-            _check(run.manifest[key], shape, key, f"{run.path / MANIFEST}")
-    _check_owners(run.manifest.get("instances") or [], f"{run.path / MANIFEST}")
-    for i, gpu in enumerate(run.manifest.get("gpus") or []):
-        sensors = {f"sensors.{name}": figures for name, figures in (gpu.get("sensors") or {}).items()}
-        known = {key: gpu.get(key) for key in ("idle_power_w", "idle_power_after_w")} | sensors
-        for key, figures in known.items():
-            low = {name: value for name, value in (figures or {}).items() if value is not None and value < 0}
-            for name, value in low.items():
-                raise RunError(
-                    f"{run.path / MANIFEST}: key 'gpus[{i}].{key}.{name}' is {value:g}; it cannot be negative"
-                )
-
-
-def _check_owners(instances: Sequence[Mapping[str, Any]], source: str) -> None:
-    """Raise where two instances have one number, or a GPU is given out twice: its joules would count twice."""
-    numbers: set[int] = set()
-    owned: set[tuple[str, int]] = set()
-    for i, entry in enumerate(instances):
-        number = entry.get("instance")
-        if number in numbers:
-            raise RunError(f"{source}: key 'instances[{i}].instance' is {number}, as is another's")
-        numbers |= set() if number is None else {number}
-        for k, gpu in enumerate(entry.get("gpus") or []):
-            key = f"{source}: key 'instances[{i}].gpus[{k}]' is {gpu}"
-            if not 0 <= gpu <= MOST_GPU:
-                raise RunError(f"{key}, not an NVML index from 0 to {MOST_GPU}")
-            owner = str(entry.get("host") or ""), gpu
-            if owner in owned:
-                raise RunError(f"{key}, which is given out already; a GPU belongs to one instance, once")
-            owned.add(owner)
-
-
-def _check(value: Any, shape: Any, key: str, source: str) -> None:
-    """Compare `value` with `shape`, and what is in it."""
-    wanted = list if isinstance(shape, list) else dict if isinstance(shape, dict) else shape
-    if not isinstance(value, wanted) or (isinstance(value, bool) and shape is not bool):
-        names = {list: "a list", dict: "an object", int: "a whole number", str: "a text", bool: "true or false"}
-        text = str(value)
-        shown = text if len(text) <= 40 else f"{text[:37]}..."
-        raise RunError(f"{source}: key '{key}' is {shown!r}, not {names.get(wanted, 'a number')}")
-    if isinstance(shape, list):
-        for i, item in enumerate(value):
-            _check(item, shape[0], f"{key}[{i}]", source)
-    elif isinstance(value, Mapping):
-        for name, item in value.items():
-            inner = shape.get(name, shape.get("*"))
-            if inner is not None and item is not None:
-                _check(item, inner, f"{key}.{name}", source)
-
-
 def check_requests(run: Run, requests: pl.DataFrame) -> None:
-    """Raise `RunError` where `requests` have an id twice, an instance that is none, or an end before its beginning.
+    """Raise `RunError` where `requests` have an id twice, an unknown instance or status, or times out of order.
 
     Times of one row may be on any one clock.
     """
     source = run.path / "requests.parquet"
-    rows = requests.with_row_index("row")
-    _no_nulls(rows, ("request_id",), source)
-    twice = rows.filter(~pl.col("request_id").is_first_distinct())
-    if twice.height:
-        row, request = twice.select("row", "request_id").row(0)
-        raise RunError(f"{source}: row {row}, column 'request_id': {request} occurs twice")
-    _known_instances(run, rows, source)
-    for name, since in (("first_token_ns", "sent_ns"), ("last_token_ns", "first_token_ns"), ("done_ns", "sent_ns")):
-        wrong = rows.filter(pl.col(name) < pl.col(since))
-        if wrong.height:
-            row, request = wrong.select("row", "request_id").row(0)
-            raise RunError(f"{source}: row {row}, column '{name}': is before {since} (request {request})")
+    _no_nulls(requests, ("request_id",), source)
+    ids = requests["request_id"]
+    if not (ids.is_sorted() and (ids.diff() != 0).all()) and ids.n_unique() < requests.height:
+        row = int((~requests["request_id"].is_first_distinct()).arg_max() or 0)
+        raise RunError(f"{source}: row {row}, column 'request_id': {requests['request_id'][row]} occurs twice")
+    _known_instances(run, requests.with_row_index("row"), source)
+    wrong = {
+        f"column '{name}': is before {since} (request {{request_id}})": pl.col(name) < pl.col(since)
+        for name, since in _TIMES_IN_ORDER
+    }
+    wrong[f"column 'status': '{{status}}' is none of {', '.join(STATUSES)}"] = ~pl.col("status").is_in(STATUSES)
+    found = _first_wrong(requests, wrong)
+    if found is not None:
+        raise RunError(f"{source}: row {found[0]}, {found[1]}")
 
 
 def check_steps(run: Run, steps: pl.DataFrame) -> None:
     """Raise `RunError` where `steps`, in order of instance and step, are no engine's.
 
-    That is where they end before they begin, come twice, belong to no instance, or go back in time.
+    That is where they end before they begin, come twice, belong to no instance, go back in time, last for hours, lie
+    one on the other, or do more work than any engine.
     """
     source = run.path / "steps.parquet"
+    if steps["instance"].null_count():
+        _no_nulls(run.scan("steps", ["instance"]).collect(), ("instance",), source)  # whose rows are in their own order
     _known_instances(run, steps.with_row_index("row"), source, rows_are_sorted=True)
-    earlier = pl.col("start_ns", "end_ns").shift().over("instance")
-    rows = steps.with_columns(earlier.name.prefix("before_"), pl.col("step").shift().over("instance").alias("last"))
-    back = [(f"{n}_ns", pl.col(f"{n}_ns") < pl.col(f"before_{n}_ns") - BACKWARDS_NS) for n in ("start", "end")]
-    for where, why in (
-        (pl.col("end_ns") < pl.col("start_ns"), ": end_ns is before start_ns"),
-        (pl.col("step") == pl.col("last"), " occurs twice"),
-        (pl.col("step") > MOST_STEP, f"column 'step' is beyond {MOST_STEP}"),
-        *(
-            (where, f": {name} is before that of step {{last}}; an engine's steps follow each other")
-            for name, where in back
+
+    def before(name: str, steps_ago: int = 1) -> pl.Expr:
+        same = pl.col("instance") == pl.col("instance").shift(steps_ago)
+        return pl.when(same).then(pl.col(name).shift(steps_ago))
+
+    wrong = {
+        ": end_ns is before start_ns": pl.col("end_ns") < pl.col("start_ns"),
+        " occurs twice": pl.col("step") == before("step"),
+        f": column 'step' is beyond {MOST_STEP}": pl.col("step") > MOST_STEP,
+        ": start_ns is before that of step {last}; an engine's steps follow each other": (
+            pl.col("start_ns") < before("start_ns") - BACKWARDS_NS
         ),
-    ):
-        wrong = rows.filter(where)
-        if wrong.height:
-            row = wrong.row(0, named=True)
-            raise RunError(f"{source}: instance {row['instance']}, step {row['step']}{why.format(**row)}")
+        ": end_ns is before that of step {last}; an engine's steps follow each other": (
+            pl.col("end_ns") < before("end_ns") - BACKWARDS_NS
+        ),
+        ": end_ns is more than an hour after start_ns": pl.col("end_ns") - LONGEST_NS > pl.col("start_ns"),
+        ": start_ns is more than 1 s before the end of the step before the last; an engine's steps follow each other": (
+            pl.col("start_ns") < before("end_ns", AHEAD) - OVERLAP_NS
+        ),
+    } | {
+        f": column '{name}' is {{{name}}}, more than any engine does in a step": pl.col(name) > most
+        for name, most in MOST_IN_STEP.items()
+        if name in steps.columns
+    }
+    found = _first_wrong(steps, wrong, last=before("step"))
+    if found is not None:
+        row = steps.row(found[0], named=True)
+        raise RunError(f"{source}: instance {row['instance']}, step {row['step']}{found[1]}")
+
+
+def check_members(run: Run, rows: pl.DataFrame, before: int, most_step: int) -> None:
+    """Raise `RunError` where one of `rows` of segments.parquet, of which `before` come first, cannot be by itself."""
+    source = run.path / "segments.parquet"
+    for name in rows.columns:
+        if name != "request_id" and rows[name].null_count():
+            row = before + int(rows[name].is_null().arg_max() or 0)
+            raise RunError(f"{source}: column '{name}' has a null in row {row}")
+    wrong = {
+        "column 'kind': '{kind}' is neither prefill nor decode": ~pl.col("kind").is_in(["prefill", "decode"]),
+        "request {request_id}: last_step is before first_step": pl.col("last_step") < pl.col("first_step"),
+        "column 'last_step': {last_step} is 2^31 steps after the first": pl.col("last_step") > most_step,
+        "column 'tokens_per_step' is 0; who has no token in a step is not in it": pl.col("tokens_per_step") == 0,
+    }
+    for name in ("tokens_per_step", "context_start"):
+        wrong[f"column '{name}': {{{name}}} is more than any model's context"] = pl.col(name) > MOST_TOKENS
+        limits = {int(i["instance"]): i.get("max_model_len") for i in run.manifest["instances"]}
+        for instance, most in limits.items():
+            if most is not None:
+                # Others' work may be summed up in one row.
+                mine = (pl.col("instance") == instance) & pl.col("request_id").is_not_null()
+                why = f"column '{name}': {{{name}}} is more than the {most} of max_model_len in {MANIFEST}"
+                wrong[f"{why}, instance {instance}"] = mine & (pl.col(name) > most)
+    found = _first_wrong(rows, wrong)
+    if found is not None:
+        raise RunError(f"{source}: row {before + found[0]}, {found[1]}")
+
+
+def check_chunks(run: Run, rows: pl.DataFrame) -> None:
+    """Raise `RunError` where `rows` of requests.parquet have times of chunks out of order, or not a count for each."""
+    source = run.path / "requests.parquet"
+    lengths = rows.select(pl.col("chunk_ns", "chunk_tokens").list.len())
+    odd = lengths["chunk_ns"] != lengths["chunk_tokens"]
+    if odd.any():
+        row = int(odd.arg_max() or 0)
+        counts = " values, chunk_ns ".join(map(str, reversed(lengths.row(row))))
+        raise RunError(f"{source}: column 'chunk_tokens' has {counts} (request {rows['request_id'][row]})")
+    some = rows.select("request_id", "chunk_ns").filter(pl.col("chunk_ns").list.len() > 1)
+    flat = some.explode("chunk_ns", empty_as_null=False)
+    same = flat["request_id"] == flat["request_id"].shift()
+    back = same & (flat["chunk_ns"] < flat["chunk_ns"].shift())
+    if back.any():
+        request = flat["request_id"][int(back.arg_max() or 0)]
+        raise RunError(f"{source}: column 'chunk_ns' goes back in time (request {request})")
+
+
+def _first_wrong(rows: pl.DataFrame, wrong: Mapping[str, pl.Expr], **more: pl.Expr) -> tuple[int, str] | None:
+    """The first row at which one of the conditions holds, and its text, filled in with the row and `more`; else None.
+
+    A null holds nowhere.
+    """
+    if rows.is_empty():
+        return None
+    holds = rows.select(condition.any().alias(text) for text, condition in wrong.items()).row(0, named=True)
+    for text, condition in wrong.items():
+        if holds[text]:
+            row = int(rows.select(condition.fill_null(value=False).arg_max()).item())
+            extra = rows.select(**more)[row].row(0, named=True) if more else {}
+            return row, text.format(**{**rows.row(row, named=True), **extra})
+    return None
 
 
 def _known_instances(run: Run, rows: pl.DataFrame, source: Path, *, rows_are_sorted: bool = False) -> None:
@@ -172,10 +170,10 @@ def _no_nulls(rows: pl.DataFrame, names: Sequence[str], source: Path) -> None:
             raise RunError(f"{source}: column '{name}' has a null in row {rows[name].is_null().arg_max()}")
 
 
-def check_segments(run: Run, segments: pl.DataFrame, steps: pl.DataFrame) -> str | None:
+def check_segments(run: Run, segments: pl.DataFrame, steps: pl.DataFrame) -> None:
     """Raise `RunError` where `segments` contradict themselves or a complete run's `steps`.
 
-    Of a run that was cut off, segments may reach beyond the last step written: what to say about that, else None.
+    Of a run that was cut off, segments may reach beyond the last step written.
     """
     source = run.path / "segments.parquet"
     _no_nulls(segments, ("instance",), source)
@@ -191,13 +189,10 @@ def check_segments(run: Run, segments: pl.DataFrame, steps: pl.DataFrame) -> str
         )
     last = steps.group_by("instance").agg(pl.col("step").max().alias("end"))
     beyond = rows.join(last, on="instance").filter(pl.col("last_step") > pl.col("end")).sort("row")
-    if beyond.is_empty():
-        return None
-    if run.manifest.get("state") == "complete":
+    if beyond.height and run.manifest.get("state") == "complete":
         row = beyond.row(0, named=True)
         raise RunError(
             f"{source}: row {row['row']}, column 'last_step': {row['last_step']} is beyond the last step "
             f"{row['end']} in steps.parquet of instance {row['instance']}, though the run is complete: rows of "
             "steps.parquet were lost; replay again"
         )
-    return f"{beyond.height} segments reach beyond the last engine step recorded and were cut there"

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from analysis import doubts_meter, doubts_work
+from analysis import doubts_meter, doubts_sensor, doubts_work
 from analysis.evidence import DOUBT, ERROR, OK, Doubt, Evidence, gather
 from replay.rundir import Run
 from tracegen.console import format_si
@@ -75,7 +75,7 @@ def check_run(run: Run, bound_rel: float = 0.05) -> Check:
     case = gather(run)
     found = [
         *doubts_work.circumstances(case),
-        *(ask(case) for ask in (*doubts_work.CHECKS, *doubts_meter.CHECKS)),
+        *(ask(case) for ask in (*doubts_work.CHECKS, *doubts_meter.CHECKS, *doubts_sensor.CHECKS)),
         *doubts_meter.throttled(case),
         *doubts_work.verdicts(case),
     ]

@@ -5,6 +5,7 @@ from typing import Any
 from analysis.evidence import CONCERNED, DOUBT, ERROR, OK, UNKNOWN, Doubt, Evidence
 from analysis.idle import UNKNOWN_REL
 from analysis.load import HOLE_S, NS_PER_S
+from analysis.manifest import gpu_entry
 from analysis.stretches import AT_CAP_REL, OFF_CLOCK_REL
 from replay.rundir import MANIFEST
 
@@ -214,13 +215,8 @@ def gain(case: Evidence) -> Doubt:
 
 def _without(case: Evidence, key: str) -> int:
     """How many of the GPUs have no figure under `key` of the manifest's `gpus`."""
-    entries = case.run.manifest.get("gpus") or []
-    count = 0
-    for meter in case.gpus:
-        mine = [e for e in entries if e.get("gpu") == meter.gpu]
-        entry = next((e for e in mine if str(e.get("host") or meter.host) == meter.host), mine[0] if mine else {})
-        count += not any(watts is not None for watts in (entry.get(key) or {}).values())
-    return count
+    entries = [gpu_entry(case.run, meter.host, meter.gpu) for meter in case.gpus]
+    return sum(all(watts is None for watts in (entry.get(key) or {}).values()) for entry in entries)
 
 
 def _instance(fit: dict[str, Any]) -> str:

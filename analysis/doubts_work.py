@@ -16,7 +16,7 @@ _VERDICTS = {
     "loop_stall": "the client was late with what it sent and what it timed",
     "open_loop": "requests were held back, so the load was not the trace's",
     "saturated": "latency measures the queue, and energy an engine that is always full",
-    "all_answered": "part of the work was for nothing",
+    "error_rate": "part of the work was for nothing",
 }
 
 

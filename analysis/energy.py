@@ -6,25 +6,26 @@ and segments. The truth table of a simulated run is never read here.
 """
 
 import json
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import polars as pl
 
-from analysis.accounts import Account, Fitted, account, fit_run, slabs_of
-from analysis.kernels import add_by_request
-from analysis.load import Floats, InstanceData, RunData, load_run
+from analysis.accounts import Fitted, account, fit_run, slabs_of, timelines_of
+from analysis.load import RunData, load_run
 from analysis.meters import Meters
-from analysis.model import TINY
 from analysis.slabs import RunSlabs, Slab
-from analysis.split import MARGINAL, METHOD_NAMES, METHODS, Shares, scale_parts, share, share_marginal
-from analysis.steps import PREFILL, Bools
-from analysis.summary import CLIENT, RECORDS, InstanceEnergy, summarize
-from analysis.uncertainty import shapley_variance
+from analysis.split import DEFAULT_METHOD, MARGINAL, METHOD_NAMES
+from analysis.steps import Bools
+from analysis.summary import RECORDS, InstanceEnergy, summarize
+from analysis.tally import Bill, Tally
+from analysis.timeline import GpuTimeline
 from replay.rundir import Run
 from tracegen.console import format_si
 from tracegen.errors import AnalysisError
@@ -32,8 +33,8 @@ from tracegen.schema import write_parquet
 
 ENERGY_DIR = "energy"
 SUMMARY = "summary.json"
-DEFAULT_METHOD = "shapley"
-THREADS = 2  # on instances at once; a third would have nothing left to do while the next slab is read
+THREADS = 2  # that price and share, beside the one that reads ahead and the one that puts everything in order
+AHEAD = 4  # slabs of an instance that are worked on or wait to be added up
 
 
 @dataclass(frozen=True)
@@ -76,26 +77,59 @@ def attribute_methods(
     slabs, remarks = slabs_of(data, **options)
     data = replace(data, notes=(*data.notes, *remarks))
     fitted, parts = _fitted(data, slabs)
-    tallies = {m: [_Tally(data, i, fit, m) for i, fit in zip(data.instances, fitted, strict=True)] for m in methods}
     meters = [Meters(data, instance) for instance in data.instances]
-
-    def settle(i: int, slab: Slab) -> None:
-        known = account(data, slab, fitted[i], meters[i].known())
-        meters[i].add(known)
-        for method in methods:
-            tallies[method][i].add(known)
-
-    # Instances share nothing but what is read, and the loops over steps do not hold the interpreter's lock.
-    with ThreadPoolExecutor(THREADS) as workers:
-        for done, part in enumerate(parts):
-            for _ in workers.map(settle, range(len(part)), part):
-                pass
-            progress((done + 1) / slabs.count)
-    data = replace(data, notes=(*data.notes, *(note for meter in meters for note in meter.notes())))
-    return {
-        m: _energy(data, [t.total(meter) for t, meter in zip(tallies[m], meters, strict=True)], m, tallies[m])
+    rows = [slabs.rows_of(instance) for instance in data.instances]
+    tallies = {
+        m: [Tally(data, i, fit, m, mine) for i, fit, mine in zip(data.instances, fitted, rows, strict=True)]
         for m in methods
     }
+
+    def work_out(i: int, slab: Slab, lines: list[GpuTimeline]) -> list[Bill]:
+        known = account(data, slab, fitted[i], lines)
+        return [tallies[method][i].bill(known) for method in methods]
+
+    with _InOrder(THREADS, AHEAD) as threads:
+        for done, part in enumerate(parts):
+            for i, slab in enumerate(part):
+                lines = timelines_of(data, slab, meters[i].known())
+                meters[i].add(slab, lines)
+                threads.put(partial(work_out, i, slab, lines), partial(_settle, [tallies[m][i] for m in methods]))
+            progress((done + 1) / slabs.count)
+    data = replace(data, notes=(*data.notes, *(note for meter in meters for note in meter.notes())))
+    return {m: _energy(data, tallies.pop(m), meters, m) for m in methods}
+
+
+def _settle(tallies: Sequence[Tally], bills: Sequence[Bill]) -> None:
+    """Add each method's bill to its tally."""
+    for tally, bill in zip(tallies, bills, strict=True):
+        tally.add(bill)
+
+
+class _InOrder:
+    """Threads for work that may be done in any order, whose results are taken in the order of the work."""
+
+    def __init__(self, threads: int, ahead: int) -> None:
+        """`ahead`: results that may wait."""
+        self._pool, self._ahead = ThreadPoolExecutor(threads), ahead
+        self._waiting: deque[tuple[Future[Any], Callable[[Any], None]]] = deque()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self._take(0)
+        self._pool.shutdown(cancel_futures=True)
+
+    def put(self, work: Callable[[], Any], take: Callable[[Any], None]) -> None:
+        """Have `work` done; its result will be given to `take` here, as soon as too many wait or at the end."""
+        self._waiting.append((self._pool.submit(work), take))
+        self._take(self._ahead)
+
+    def _take(self, left: int) -> None:
+        while len(self._waiting) > left:
+            future, take = self._waiting.popleft()
+            take(future.result())
 
 
 def _fitted(data: RunData, slabs: RunSlabs) -> tuple[list[Fitted], Iterator[list[Slab]]]:
@@ -106,147 +140,31 @@ def _fitted(data: RunData, slabs: RunSlabs) -> tuple[list[Fitted], Iterator[list
     return fit_run(data, whole), iter(whole)
 
 
-class _Tally:
-    """One instance's energy by request, by one method, summed up slab by slab."""
-
-    def __init__(self, data: RunData, instance: InstanceData, fitted: Fitted, method: str) -> None:
-        self._instance, self._fitted, self._method = instance, fitted, method
-        self._count, self._known = data.requests.height, len(data.ids)
-        names = ("prefill", "decode", "shared", "steps", "time", "other_answer", "equal")
-        self._sums = {name: np.zeros(self._count) for name in names}
-        self._unrecorded_j, self._other_j, self._idle_j, self._measured_j = np.zeros(self._known), 0.0, 0.0, 0.0
-        self.seen = np.zeros(self._known, dtype=bool)
-        self._membership: str | None = None
-
-    def add(self, account: Account) -> None:
-        """Add a slab."""
-        segments = account.segments
-        self._measured_j += float(account.balance.measured_j.sum())
-        self._idle_j += float(account.balance.idle_j.sum())
-        if not len(account.steps):
-            return
-        self._membership = RECORDS if self._instance.recorded else CLIENT
-        shares = _shares(account, self._method)
-        ours = (segments.request >= 0) & (segments.request < self._count)
-        prefill = segments.kind == PREFILL
-        self._add("prefill", account, ours & prefill, shares.energy_j)
-        self._add("decode", account, ours & ~prefill, shares.energy_j)
-        self._add("shared", account, ours, shares.shared_j)
-        self._add("steps", account, ours, shares.steps)
-        self._add("time", account, ours, shares.time_s)
-        other = _other_answer(account, self._method, self._membership, shares)
-        self._add("other_answer", account, ours, (shares if other is None else other).energy_j)
-        if self._model_opinion(self._method):
-            self._add("equal", account, ours, _shares(account, "equal-time").energy_j)
-        self._other_j += float(shares.energy_j[~ours].sum()) + shares.unlisted_j
-        add_by_request(segments.request, segments.request >= self._count, shares.energy_j, self._unrecorded_j)
-        before = np.concatenate([[0], np.cumsum(account.balance.step_j > 0)])
-        costly = (before[segments.last + 1] > before[segments.first]) & (segments.request >= 0)
-        self.seen[segments.request[costly]] = True
-
-    def _add(self, name: str, account: Account, rows: Bools, values: Floats) -> None:
-        add_by_request(account.segments.request, rows, values, self._sums[name])
-
-    def total(self, meters: Meters) -> InstanceEnergy:
-        """What it came to."""
-        sums, unrecorded = self._sums, self._unrecorded_j[self._count :]
-        energy_j = sums["prefill"] + sums["decode"]
-        quality = self._fitted.quality
-        if quality is not None and self._model_opinion(self._method):
-            variance = shapley_variance(
-                energy_j,
-                sums["other_answer"],
-                sums["equal"],
-                quality.duration_rel_rms or 0.0,
-                self._instance.clock_error_s / np.maximum(sums["time"], 1e-3),
-            )
-        else:
-            variance = self._variance(energy_j) + (energy_j - sums["other_answer"]) ** 2
-        return InstanceEnergy(
-            instance=self._instance.instance,
-            membership=self._membership,
-            prefill_j=sums["prefill"],
-            decode_j=sums["decode"],
-            shared_j=sums["shared"],
-            variance=variance,
-            measured_j=self._measured_j,
-            idle_j=self._idle_j,
-            other_j=self._other_j,
-            unrecorded_j=float(unrecorded.sum()),
-            unrecorded=int(self.seen[self._count :].sum()),
-            quality=self._fitted.quality,
-            misfit_rel=self._fitted.misfit_rel,
-            idle=self._fitted.idle,
-            regimes=self._fitted.regimes,
-            timelines=meters.facts(self._fitted),
-        )
-
-    def _model_opinion(self, method: str) -> bool:
-        """Whether errors are told by `analysis.uncertainty`."""
-        return self._instance.recorded and bool(self._fitted.rivals) and method == DEFAULT_METHOD
-
-    def _variance(self, energy_j: Floats) -> Floats:
-        """Variance of each request's energy, J², as far as the residuals tell it; with a model: `uncertainty`.
-
-        `energy_se_j² = energy_j²·(m² + (d² + w²)/n + (t/T)²) + Δ²`: m the model's misfit between blocks, which does
-        not average out in a request; d and w the relative residuals of step durations and sensor windows, over the
-        request's n steps; t the dating error (a poll's, and the clock offset's bound) over its T seconds; Δ what
-        another answer to the same question differs by (`_other_answer`).
-        """
-        quality = self._fitted.quality
-        if quality is None:
-            return np.zeros_like(energy_j)
-        noise = (quality.duration_rel_rms or 0.0) ** 2 + (quality.power_rel_rms or 0.0) ** 2
-        dating_s2 = self._fitted.poll_s**2 / 12 + self._instance.clock_error_s**2
-        steps, time_s = np.maximum(self._sums["steps"], 1), np.maximum(self._sums["time"], 1e-3)
-        return np.asarray(energy_j**2 * (self._fitted.misfit_rel**2 + noise / steps + dating_s2 / time_s**2))
-
-
-def _shares(account: Account, method: str, *, rival: bool = False) -> Shares:
-    """What each segment pays, by `method` and the instance's model or its rival."""
-    steps, step_j, fitted = account.steps, account.balance.step_j, account.fitted
-    alone = rival and account.rival is not None
-    model, parts = (fitted.rival if alone else fitted.model), (account.rival if alone else account.parts)
-    assert parts is not None
-    if method == MARGINAL and model is not None:
-        return share_marginal(model, steps, account.segments, account.idle_w, step_j)
-    prices = METHODS.get(method, METHODS[DEFAULT_METHOD])(scale_parts(parts, step_j), steps)
-    return share(prices, steps, account.segments, account.blocks)
-
-
-def _other_answer(account: Account, method: str, membership: str, own: Shares) -> Shares | None:
-    """A second opinion whose difference counts as error: the linear model's answer, or an equal split.
-
-    The equal split stands against membership by client timestamps, where who did what is a guess; `marginal` is as far
-    off there, in proportion. Methods without a model have no second opinion: what they say is their definition.
-    """
-    if method not in {DEFAULT_METHOD, MARGINAL}:
-        return None
-    if membership == CLIENT:
-        equal, priced = (_shares(account, m) for m in ("equal-time", DEFAULT_METHOD))
-        ratio = np.divide(equal.energy_j, priced.energy_j, out=np.ones_like(own.energy_j), where=priced.energy_j > TINY)
-        return replace(own, energy_j=own.energy_j * ratio)
-    return None if account.rival is None else _shares(account, method, rival=True)
-
-
-def _energy(data: RunData, parts: list[InstanceEnergy], method: str, tallies: list[_Tally]) -> Energy:
+def _energy(data: RunData, tallies: list[Tally], meters: list[Meters], method: str) -> Energy:
     """The run's table and summary from its instances."""
-    prefill_j, decode_j, shared_j, variance = (
-        np.sum([getattr(p, name) for p in parts], axis=0) for name in ("prefill_j", "decode_j", "shared_j", "variance")
-    )
-    seen = np.any([tally.seen for tally in tallies], axis=0)[: data.requests.height]
+    count = data.requests.height
+    sums = {name: np.zeros(count) for name in ("prefill_j", "decode_j", "shared_j", "variance")}
+    seen = np.zeros(count, dtype=bool)
+    parts: list[InstanceEnergy] = []
+    while tallies:  # let go of one by one: each holds seven sums a request
+        tally, meter = tallies.pop(0), meters[len(parts)]
+        mine = tally.requests()
+        for name, whole in sums.items():
+            whole[mine.rows] += getattr(mine, name)
+        seen[mine.rows] |= mine.seen
+        parts.append(tally.total(meter))
     unknown = _unknown(data, parts, seen)
-    frame = pl.DataFrame(
-        {
-            "request_id": data.requests["request_id"],
-            "energy_j": prefill_j + decode_j,
-            "prefill_j": prefill_j,
-            "decode_j": decode_j,
-            "shared_j": shared_j,
-            "energy_se_j": np.sqrt(variance),
-        }
-    )
-    frame = frame.with_columns(pl.when(~pl.Series(unknown)).then(pl.exclude("request_id")).name.keep())
+    prefill_j, decode_j = sums.pop("prefill_j"), sums.pop("decode_j")
+    columns = {
+        "energy_j": prefill_j + decode_j,
+        "prefill_j": prefill_j,
+        "decode_j": decode_j,
+        "shared_j": sums.pop("shared_j"),
+        "energy_se_j": np.sqrt(sums.pop("variance")),
+    }
+    frame = pl.DataFrame({"request_id": data.requests["request_id"], **columns})
+    if unknown.any():
+        frame = frame.with_columns(pl.when(~pl.Series(unknown)).then(pl.exclude("request_id")).name.keep())
     summary = summarize(data, parts, frame, method, int(unknown.sum()))
     if method == MARGINAL:
         left = format_si(summary["other_j"], " J", 4)

@@ -44,16 +44,16 @@ def judge(run: Run, energies: Mapping[str, Energy]) -> list[Error]:
     buckets = request_table(run, None, CORE).select("request_id", pl.col("bucket").cast(pl.String))
     truth = truth.join(buckets, on="request_id", how="left").filter(pl.col("truth_j") > 0)
     return [
-        _error(method, energy.requests.join(truth, on="request_id"))
+        _error(run, method, energy.requests.join(truth, on="request_id"))
         for method, energy in energies.items()
         if method != MARGINAL
     ]
 
 
-def _error(method: str, table: pl.DataFrame) -> Error:
+def _error(run: Run, method: str, table: pl.DataFrame) -> Error:
     table = table.drop_nulls("energy_j")
-    if table.is_empty():
-        raise AnalysisError("truth.parquet has none of the requests that energy was attributed to")
+    if not table["energy_j"].sum():
+        raise AnalysisError(f"{run.path / 'truth.parquet'}: has none of the requests that energy was attributed to")
     scale = float(table["truth_j"].sum()) / float(table["energy_j"].sum())
     table = table.with_columns(pl.col("truth_j") / scale)
     off = ((table["energy_j"] - table["truth_j"]) / table["truth_j"]).abs().to_numpy()

@@ -6,12 +6,16 @@ elsewhere.
 
 import numpy as np
 
-from analysis.kernels import Floats, compiled
+from analysis.kernels import Bools, Floats, compiled
 
 _NODES, _WEIGHTS = np.polynomial.legendre.leggauss(3)
 _X1, _X2, _X3 = (float(x + 1) / 2 for x in _NODES)
 _W1, _W2, _W3 = (float(w) / 2 for w in _WEIGHTS)
 MOST_LUMPS = 3  # the chunks beside the largest, as so many equal lumps
+MOST_DECODES = 4096  # in a step that is looked up; a table of more would take more memory than time
+# Nodes of mean context between c and e·c. Between two of them a curve is off by at most an eighth of its relative
+# curvature times the distance's square, 1.2e-4 of it; measured on simulated runs, below 1e-6.
+NODES_PER_E = 32.0
 TINY = 1e-12
 
 
@@ -56,8 +60,8 @@ def _state(m: Floats, idle_w: float, x: Floats, part: float, tokens: float, slop
     common = watts - u * by_u - v * by_v
     in_a = common * (of_high if a >= b else of_low) + by_u
     in_b = common * (of_low if a >= b else of_high) + by_v
-    by_context = max(common * m[3] + in_a * m[9] + in_b * m[15] + m[29], 0.0)
-    by_attention = max(common * m[4] + in_a * m[10] + in_b * m[16] + m[30], 0.0)
+    by_context = common * m[3] + in_a * m[9] + in_b * m[15] + m[29]
+    by_attention = common * m[4] + in_a * m[10] + in_b * m[16] + m[30]
     return energy, by_context, by_attention, span
 
 
@@ -91,7 +95,7 @@ def _against_chunks(
         for i in range(2):
             for j in range(lumps + 1):
                 state = _state(m, idle_w, x, part, i * large + j * lump, True)
-                energy[i, j], slope[i, j], last = state[0], state[1], state[2]
+                energy[i, j], slope[i, j], last = state[0], max(state[1], 0.0), max(state[2], 0.0)
         by_attention += weight * last
         for j in range(lumps + 1):
             chance = _chance(lumps, j, before)
@@ -131,52 +135,152 @@ def _by_size(
 
 
 @compiled
-def play(
-    m: Floats, idle_w: Floats, work: Floats, requests: Floats, count: Floats, squares: Floats
-) -> tuple[Floats, Floats, Floats, Floats, Floats]:
-    """Total, shared, prices (n, 4) and square of each step with `work` (n, 4), and its watts above idle.
+def _only_decodes(m: Floats, decodes: float, context: float) -> tuple[float, float, float, float]:
+    """Of a step without prefill: energy without idle power, J; its mean slope by context; both by a watt of idle power.
 
-    `count` and `squares` are of the prefill chunks; `m` is the model, as in `_state`.
+    The slope is along the way from no work to all of it, three Gauss points.
+    """
+    x = np.array([0.0, decodes, context, 0.0])
+    state = _state(m, 0.0, x, 1.0, 0.0, False)
+    cold, warm = 0.0, 0.0
+    for node, weight in ((_X1, _W1), (_X2, _W2), (_X3, _W3)):
+        cold += weight * _state(m, 0.0, x, node, 0.0, True)[1]
+        warm += weight * _state(m, 1.0, x, node, 0.0, True)[1]
+    return state[0], cold, state[3], warm - cold
+
+
+@compiled
+def _reach(work: Floats) -> tuple[int, int]:
+    """The most decodes in a step that is looked up, and the last node of the mean context in one."""
+    decodes, context = 0.0, 1.0
+    for k in range(work.shape[0]):
+        if work[k, 0] <= 0 and work[k, 1] <= MOST_DECODES:
+            decodes = max(decodes, work[k, 1])
+            context = max(context, work[k, 2] / max(work[k, 1], 1.0))
+    return int(decodes), int(np.log(context) * NODES_PER_E) + 1
+
+
+@compiled
+def _look_up(
+    m: Floats, decodes: float, context: float, known: Bools, table: Floats
+) -> tuple[float, float, float, float]:
+    """`_only_decodes` from `table`, by decodes and node, where it is `known`; what is asked for first is put there."""
+    mean = context / max(decodes, 1.0)
+    row = int(decodes)
+    if mean < 1.0 or decodes > MOST_DECODES or row != decodes:
+        return _only_decodes(m, decodes, context)
+    node = int(np.log(mean) * NODES_PER_E)
+    low, high = np.exp(node / NODES_PER_E), np.exp((node + 1) / NODES_PER_E)
+    for i, at in ((node, low), (node + 1, high)):
+        if not known[row, i]:
+            table[row, i, 0], table[row, i, 1], table[row, i, 2], table[row, i, 3] = _only_decodes(m, decodes, row * at)
+            known[row, i] = True
+    below, above, part = table[row, node], table[row, node + 1], (mean - low) / (high - low)
+    return (
+        below[0] + part * (above[0] - below[0]),
+        below[1] + part * (above[1] - below[1]),
+        below[2] + part * (above[2] - below[2]),
+        below[3] + part * (above[3] - below[3]),
+    )
+
+
+@compiled
+def _with_chunks(
+    m: Floats, idle_w: float, x: Floats, requests: float, count: float, squares: float
+) -> tuple[tuple[float, float], tuple[float, float], tuple[float, float], tuple[float, float]]:
+    """Of a step with prefill: energy and duration; what the largest chunk and the others add, J.
+
+    Then the slopes by context and by attention; the tokens of the largest chunk, and the sum of all squared.
+    """
+    full = _state(m, idle_w, x, 1.0, x[0], False)
+    chunks = max(count, 1.0)
+    mean, large = x[0] / chunks, x[0]
+    if chunks > 1:
+        spread = np.sqrt(max(squares / chunks - mean * mean, 0.0))
+        large = min(mean + spread * np.sqrt(chunks - 1.0), x[0])
+    decoders = max(requests - count, 1.0 if x[1] > 0 else 0.0)
+    lumps = int(min(chunks, MOST_LUMPS + 1.0)) - 1
+    paid_large, paid_rest, by_context, by_attention = _against_chunks(m, idle_w, x, decoders, large, lumps)
+    paid = max(paid_large, 0.0), max(paid_rest, 0.0)
+    return (full[0], full[3]), paid, (by_context, by_attention), (large, max(squares, large * large))
+
+
+@compiled
+def play(
+    m: Floats,
+    idle_w: Floats,
+    span_s: Floats,
+    busy_s: Floats,
+    work: Floats,
+    requests: Floats,
+    count: Floats,
+    squares: Floats,
+) -> tuple[Floats, Floats, Floats, Floats]:
+    """Total and shared energy, J, prices (n, 4) and the square's price of each step with `work` (n, 4).
+
+    All are scaled to the step's own duration `span_s`, of which it was `busy_s` at work. `count` and `squares` are of
+    the prefill chunks; `m` is the model, as in `_state`.
+
+    Steps without prefill, which most are, are looked up: for each number of decodes at mean contexts that are
+    1 / `NODES_PER_E` apart, worked out when first asked for, and linearly between.
     """
     n = idle_w.size
-    total, shared, square, watts = np.zeros(n), np.zeros(n), np.zeros(n), np.zeros(n)
+    total, shared, square = np.zeros(n), np.zeros(n), np.zeros(n)
     price = np.zeros((n, 4))
     nothing = _state(m, 0.0, np.zeros(4), 0.0, 0.0, False)  # at zero work, but for idle power
+    decodes, nodes = _reach(work)
+    known, table = np.zeros((decodes + 1, nodes + 2), dtype=np.bool_), np.empty((decodes + 1, nodes + 2, 4))
     for k in range(n):
         x, idle = work[k], idle_w[k]
-        prefill, decode = x[0], x[1]
-        chunks = max(count[k], 1.0)
-        full = _state(m, idle, x, 1.0, prefill, False)
-        zero_j = nothing[0] + idle * nothing[3]
-        watts[k] = full[0] / full[3] - idle
-        whole = max(full[0], zero_j)
-        free = whole - zero_j
-        paid_large, paid_rest, by_context, by_attention, large, squared = 0.0, 0.0, 0.0, 0.0, prefill, squares[k]
-        if prefill > 0:
-            mean = prefill / chunks
-            if chunks > 1:
-                spread = np.sqrt(max(squares[k] / chunks - mean * mean, 0.0))
-                large = min(mean + spread * np.sqrt(chunks - 1.0), prefill)
-            squared = max(squares[k], large * large)
-            decoders = max(requests[k] - count[k], 1.0 if decode > 0 else 0.0)
-            lumps = int(min(chunks, MOST_LUMPS + 1.0)) - 1
-            paid_large, paid_rest, by_context, by_attention = _against_chunks(m, idle, x, decoders, large, lumps)
+        chunks, (large, squared) = (0.0, 0.0), (0.0, 0.0)
+        if x[0] > 0:
+            full, chunks, slopes, (large, squared) = _with_chunks(m, idle, x, requests[k], count[k], squares[k])
         else:
-            for node, weight in ((_X1, _W1), (_X2, _W2), (_X3, _W3)):
-                by_context += weight * _state(m, idle, x, node, 0.0, True)[1]
-        paid_large, paid_rest = max(paid_large, 0.0), max(paid_rest, 0.0)
-        paid = paid_large + paid_rest
-        if paid > 0 and (paid > free or decode <= 0):  # without decodes the chunks pay it all
-            paid_large, paid_rest = paid_large * free / paid, paid_rest * free / paid
+            cold_j, cold_slope, full_s, warm_slope = _look_up(m, x[1], x[2], known, table)
+            full, slopes = (cold_j + idle * full_s, full_s), (cold_slope + idle * warm_slope, 0.0)
+        zero_j = nothing[0] + idle * nothing[3]
+        whole = max(full[0], zero_j)
+        free, paid = whole - zero_j, chunks[0] + chunks[1]
+        if paid > 0 and (paid > free or x[1] <= 0):  # without decodes the chunks pay it all
+            chunks = chunks[0] * free / paid, chunks[1] * free / paid
             paid = free
-        attention = min(by_attention * x[3], paid)
+        attention = min(slopes[1] * x[3], paid)
         left = max(free - paid, 0.0)
-        read = min(max(by_context * x[2], 0.0), left)
-        linear, squared_price = _by_size(prefill, chunks, large, squared, (paid_large, paid_rest), attention)
-        price[k, 0], square[k] = linear, squared_price
-        price[k, 1] = (left - read) / decode if decode > 0 else 0.0
-        price[k, 2] = read / x[2] if x[2] > 0 else 0.0
-        price[k, 3] = attention / x[3] if x[3] > 0 else 0.0
-        spent = linear * prefill + squared_price * squared + price[k, 1] * decode + price[k, 2] * x[2] + attention
-        total[k], shared[k] = whole, max(whole - spent, 0.0)
-    return total, shared, price, square, watts
+        read = min(max(slopes[0] * x[2], 0.0), left)
+        linear, squared_price = _by_size(x[0], max(count[k], 1.0), large, squared, chunks, attention)
+        by_decode = (left - read) / x[1] if x[1] > 0 else 0.0
+        spent = linear * x[0] + squared_price * squared + by_decode * x[1] + read + attention
+        modelled = idle * span_s[k] + (full[0] / full[1] - idle) * busy_s[k]
+        factor = modelled / whole if whole > TINY else 0.0
+        total[k], shared[k] = modelled, factor * max(whole - spent, 0.0) if whole > TINY else modelled
+        price[k, 0], square[k], price[k, 1] = factor * linear, factor * squared_price, factor * by_decode
+        price[k, 2] = factor * read / x[2] if x[2] > 0 else 0.0
+        price[k, 3] = factor * attention / x[3] if x[3] > 0 else 0.0
+    return total, shared, price, square
+
+
+@compiled
+def play_linear(
+    duration: Floats, power: Floats, timed: bool, idle_w: Floats, span_s: Floats, busy_s: Floats, work: Floats
+) -> tuple[Floats, Floats, Floats]:
+    """`play` by a linear model: duration d·(1, x) in s, energy above idle θ·(Δ, 1, x) in J; a chunk has no square.
+
+    Prices are the coefficients, at the pace of each step. `timed` False: durations are taken as given.
+    """
+    n = idle_w.size
+    total, shared, price = np.empty(n), np.empty(n), np.empty((n, 4))
+    for k in range(n):
+        predicted_s, priced = duration[0], 0.0
+        for j in range(4):
+            predicted_s += duration[j + 1] * work[k, j]
+        predicted_s = max(predicted_s if timed else span_s[k], TINY)
+        pace = busy_s[k] / predicted_s if timed else 1.0
+        per_s = power[0] + power[1] / predicted_s
+        per_time = (idle_w[k] * span_s[k] / predicted_s + pace * power[0]) if timed else 0.0
+        for j in range(4):
+            per_s += power[j + 2] * work[k, j] / predicted_s
+            price[k, j] = pace * power[j + 2] + per_time * duration[j + 1]
+            priced += price[k, j] * work[k, j]
+        total[k] = idle_w[k] * span_s[k] + per_s * busy_s[k]
+        shared[k] = max(total[k] - priced, 0.0)
+    return total, shared, price

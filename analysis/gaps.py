@@ -11,6 +11,7 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
+from analysis.checks import check_chunks
 from analysis.requests import stored_columns
 from replay.rundir import Run
 from tracegen.errors import AnalysisError
@@ -98,7 +99,12 @@ def _quantiles(counts: Ints, shares: Sequence[float]) -> list[float | None]:
 
 
 def chunk_batches(run: Run) -> Iterator[pl.DataFrame]:
-    """`request_id` and the chunk columns of `run`, some requests at a time; nothing where it has none."""
+    """`request_id` and the chunk columns of `run`, some requests at a time; nothing where it has none.
+
+    Raises `RunError` where they cannot be.
+    """
     if set(CHUNK_COLUMNS) <= stored_columns(run, "requests"):
         for batch in run.batches("requests", ["request_id", *CHUNK_COLUMNS]):
-            yield from batch.iter_slices(_ROWS)
+            for rows in batch.iter_slices(_ROWS):
+                check_chunks(run, rows)
+                yield rows

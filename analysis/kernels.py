@@ -19,6 +19,7 @@ Whole = NDArray[Any]  # of any width
 Function = TypeVar("Function", bound=Callable[..., object])
 
 FOREIGN = -1  # the row of a request that is not ours
+TINY = 1e-12
 
 
 def compiled(function: Function) -> Function:
@@ -88,6 +89,84 @@ def occupied(here_from: Whole, here_to: Whole, low: int, steps: int) -> Bools:
 
 
 @compiled
+def in_order(
+    step: Whole, start_ns: Whole, end_ns: Whole, last: int, most: int, back_ns: int, longest_ns: int, overlap_ns: int
+) -> bool:
+    """Whether steps come once each in ascending order after step `last`, up to `most`, at times that can be.
+
+    None begins or ends earlier by `back_ns` than the one before, lasts longer than `longest_ns`, or begins by
+    `overlap_ns` before the end of the one before the last.
+    """
+    for k in range(step.size):
+        if step[k] <= last or step[k] > most or not 0 <= end_ns[k] - start_ns[k] <= longest_ns:
+            return False
+        if k > 0 and (start_ns[k] < start_ns[k - 1] - back_ns or end_ns[k] < end_ns[k - 1] - back_ns):
+            return False
+        if k > 1 and start_ns[k] < end_ns[k - 2] - overlap_ns:
+            return False
+        last = step[k]
+    return True
+
+
+@compiled
+def step_times(
+    start_ns: Whole,
+    end_ns: Whole,
+    zero_ns: int,
+    held: Bools,
+    waiting: Whole,
+    before_s: float,
+    before_waiting: bool,
+    pause_s: float,
+) -> tuple[Floats, Floats, Floats]:
+    """Start, pause before it included, and end of each step, s from `zero_ns`, and how long it was recorded to take.
+
+    `held`: whether the engine had a request since the step before; `waiting`: how many waited at each step;
+    `before_s`: the end of the step before the first, -inf where there is none.
+    """
+    n = start_ns.size
+    start_s, end_s, measured_s = np.empty(n), np.empty(n), np.empty(n)
+    previous_s, waited = before_s, before_waiting
+    for k in range(n):
+        own_s = (start_ns[k] - zero_ns) / 1e9
+        close = held[k] or waited or own_s - previous_s < pause_s
+        start_s[k] = previous_s if close and previous_s > -np.inf else max(own_s, previous_s)
+        previous_s = max(previous_s, (end_ns[k] - zero_ns) / 1e9)
+        end_s[k] = previous_s
+        measured_s[k] = (end_ns[k] - start_ns[k]) / 1e9
+        waited = waiting[k] > 0
+    return start_s, end_s, measured_s
+
+
+@compiled
+def work_of(
+    prefill: Whole,
+    decode: Whole,
+    context: Whole,
+    attention: Whole,
+    requests: Whole,
+    count: Floats,
+    listed: Floats,
+) -> tuple[Floats, Floats, Floats, Floats]:
+    """Requests in each step and its work (n, 4), at least as `count` and `listed` say; then what these do not list."""
+    n = count.size
+    inside, unlisted = np.empty(n), np.empty(n)
+    work, unlisted_work = np.empty((n, 4)), np.zeros((n, 4))
+    for k in range(n):
+        inside[k] = max(count[k], requests[k], 1.0)
+        unlisted[k] = inside[k] - count[k]
+        work[k, 0] = max(float(prefill[k]), listed[k, 0])
+        work[k, 1] = max(float(decode[k]), listed[k, 1])
+        work[k, 2] = max(float(context[k]), listed[k, 2])
+        # Half-chunks may have been rounded per request when the table was written: that is no unlisted work.
+        rounded = abs(float(attention[k]) - listed[k, 3]) <= max(count[k], 1.0)
+        work[k, 3] = listed[k, 3] if rounded else max(float(attention[k]), listed[k, 3])
+        for j in range(4):
+            unlisted_work[k, j] = work[k, j] - listed[k, j]
+    return inside, work, unlisted, unlisted_work
+
+
+@compiled
 def sum_pieces(
     first: Ints, last: Ints, prefill: Bools, tokens: Floats, base: Floats, slope: Floats, g: Floats, q: Floats
 ) -> tuple[Floats, Floats]:
@@ -123,34 +202,94 @@ def sum_pieces(
 
 
 @compiled
-def running_sums(
-    shared: Floats, price: Floats, square: Floats, g: Floats, q: Floats, span_s: Floats, first: Ints
-) -> Floats:
-    """Running sums (n, 9) over steps that restart with every block (`first`: the first step of each, then n).
+def count_chunks(first: Ints, last: Ints, prefill: Bools, tokens: Floats, unlisted: Floats) -> tuple[Floats, Floats]:
+    """Per step the number of prefill chunks, and the sum of their squared tokens.
 
-    Of what each request pays equally; the prices of a prefill token and of attention, the latter once more times q
-    from the block's first step on; those of a decode token and of context, the latter times q likewise; the price of a
-    chunk's squared tokens; the step's seconds.
+    `unlisted`: the work (n, 4) that no segment names; its prefill tokens are one chunk more.
     """
-    sums = np.empty((shared.size, 9))
-    running = np.empty(9)
+    n = unlisted.shape[0]
+    count, squares = np.zeros(n), np.zeros(n)
+    for k in range(n):
+        if unlisted[k, 0] > 0:
+            count[k], squares[k] = 1.0, unlisted[k, 0] ** 2
+    for i in range(first.size):
+        if prefill[i]:
+            for k in range(first[i], last[i] + 1):
+                count[k] += 1.0
+                squares[k] += tokens[i] ** 2
+    return count, squares
+
+
+@compiled
+def running_sums(
+    total: Floats,
+    shared: Floats,
+    price: Floats,
+    square: Floats,
+    step_j: Floats,
+    requests: Floats,
+    g: Floats,
+    q: Floats,
+    span_s: Floats,
+    first: Ints,
+) -> Floats:
+    """Running sums (n, 10) over steps that restart with every block (`first`: the first step of each, then n).
+
+    Prices are scaled so that each step's `total` is its `step_j`; a step without a total is shared equally. The sums
+    are of what each request pays equally; the prices of a prefill token and of attention, the latter once more times q
+    from the block's first step on; those of a decode token and of context, the latter times q likewise; the price of a
+    chunk's squared tokens; the step's seconds; an equal part of all of it.
+    """
+    sums = np.empty((shared.size, 10))
+    running = np.empty(10)
     for block in range(first.size - 1):
         begin = first[block]
         running[:] = 0.0
         for k in range(begin, first[block + 1]):
             local = q[k] - q[begin]
-            read, context = price[k, 3] * g[k], price[k, 2] * g[k]
-            running[0] += shared[k]
-            running[1] += price[k, 0] * g[k]
+            known = total[k] > TINY
+            factor = step_j[k] / total[k] if known else 0.0
+            scaled = factor * g[k]
+            read, context = price[k, 3] * scaled, price[k, 2] * scaled
+            running[0] += (factor * shared[k] if known else step_j[k]) / requests[k]
+            running[1] += price[k, 0] * scaled
             running[2] += read
             running[3] += read * local
-            running[4] += price[k, 1] * g[k]
+            running[4] += price[k, 1] * scaled
             running[5] += context
             running[6] += context * local
-            running[7] += square[k]
+            running[7] += square[k] * factor
             running[8] += span_s[k]
-            sums[k] = running
+            running[9] += step_j[k] / requests[k]
+            for j in range(10):
+                sums[k, j] = running[j]
     return sums
+
+
+@compiled
+def unlisted_joules(
+    total: Floats,
+    shared: Floats,
+    price: Floats,
+    square: Floats,
+    step_j: Floats,
+    requests: Floats,
+    unlisted: Floats,
+    work: Floats,
+) -> float:
+    """What requests pay that no segment names: `unlisted` in each step, with `work` (n, 4) between them."""
+    joules = 0.0
+    for k in range(total.size):
+        if unlisted[k] == 0 and work[k, 0] == 0 and work[k, 1] == 0 and work[k, 2] == 0 and work[k, 3] == 0:
+            continue
+        if total[k] <= TINY:
+            joules += step_j[k] / requests[k] * unlisted[k]
+            continue
+        own = square[k] * work[k, 0] ** 2 + shared[k] / requests[k] * unlisted[k]
+        for j in range(4):
+            own += price[k, j] * work[k, j]
+        joules += own * step_j[k] / total[k]
+    return joules
 
 
 @compiled
@@ -167,10 +306,13 @@ def pay(
     context: Floats,
     growth: Floats,
     q_start: Floats,
-) -> tuple[Floats, Floats, Floats]:
-    """What each segment pays, J, the equally shared part of it, J, and the seconds of its steps, by `running_sums`."""
-    energy, equal, seconds = np.zeros(first.size), np.zeros(first.size), np.zeros(first.size)
-    paid = np.empty(9)
+) -> Floats:
+    """What each segment pays by `running_sums`, (m, 4).
+
+    J; J of that equally shared; the seconds of its steps; J by an equal split of them.
+    """
+    result = np.zeros((first.size, 4))
+    paid = np.empty(10)
     for i in range(first.size):
         k = first[i]
         column = 1 if prefill[i] else 4
@@ -178,16 +320,16 @@ def pay(
         while k <= last[i]:
             origin = block_first[block[k]]
             stop = min(last[i], block_first[block[k] + 1] - 1)
-            paid[:] = sums[stop]
-            if k > origin:
-                paid -= sums[k - 1]
+            for j in range(10):
+                paid[j] = sums[stop, j] - (sums[k - 1, j] if k > origin else 0.0)
             at_origin = context[i] + growth[i] * (q[origin] - q_start[i])
             read = max(at_origin * paid[column + 1] + growth[i] * paid[column + 2], 0.0)
-            energy[i] += paid[0] + tokens[i] * paid[column] + reads[i] * read + squared * paid[7]
-            equal[i] += paid[0]
-            seconds[i] += paid[8]
+            result[i, 0] += paid[0] + tokens[i] * paid[column] + reads[i] * read + squared * paid[7]
+            result[i, 1] += paid[0]
+            result[i, 2] += paid[8]
+            result[i, 3] += paid[9]
             k = stop + 1
-    return energy, equal, seconds
+    return result
 
 
 @compiled

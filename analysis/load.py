@@ -8,6 +8,7 @@ still resolves 0.1 ns.
 """
 
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,9 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from analysis.checks import check_manifest, check_requests, check_segments, check_steps
+from analysis.checks import check_requests, check_segments, check_steps
+from analysis.manifest import by_host, check_manifest, gpu_entry, listed_instances, offset_ns, wanted_gpus
+from analysis.polled import read_polled
 from replay.rundir import MANIFEST, Run, read_group, row_groups
 from tracegen.errors import AnalysisError, RunError
 
@@ -24,8 +27,6 @@ Floats = NDArray[np.float64]
 NS_PER_S = 1e9
 HOLE_S = 0.5  # between readings of a GPU; the run's verdict on its sensor has the same bound
 MANY = 3  # GPUs; more are not named one by one
-VALUES = ("power_instant_mw", "power_average_mw", "energy_mj")
-UNREAD = pl.all_horizontal(pl.col(VALUES).is_null())  # a poll that failed, as of a GPU that fell off the bus
 _TIMES = ("sent_ns", "first_token_ns", "last_token_ns", "done_ns")
 _SERVED = ("input_tokens", "output_tokens", "cached_tokens")
 
@@ -123,20 +124,22 @@ def load_run(run: Run, scope: str = "gpu") -> RunData:
         raise AnalysisError(f"scope '{scope}' is unknown; use {' or '.join(SCOPES)}")
     check_manifest(run)
     _check_power(run)
-    hosts = _by_host(run)
-    offsets = {host: _offset_ns(hosts, host) for host in hosts}
-    named = {str(i["host"]) for i in _manifest_instances(run) if i.get("host")}
+    hosts = by_host(run)
+    offsets = {host: offset_ns(hosts, host) for host in hosts}
+    named = {str(i["host"]) for i in listed_instances(run) if i.get("host")}
     host = named.pop() if len(named) == 1 else None
-    polled = _polled(run, host, offsets)
-    wanted = _wanted_gpus(run, polled, scope)
     in_steps, in_segments = _instances_of(run, "steps"), _instances_of(run, "segments")
     recorded = in_steps & in_segments
-    of_host = {int(i["instance"]): _offset_ns(hosts, i.get("host")) for i in _manifest_instances(run)}
+    of_host = {int(i["instance"]): offset_ns(hosts, i.get("host")) for i in listed_instances(run)}
     if in_steps - set(of_host):
         check_steps(run, run.scan("steps").collect().sort("instance", "step"))
     if in_segments - set(of_host):
         check_segments(run, run.scan("segments").collect(), run.scan("steps").collect())
-    requests = _requests(run, hosts, served=not recorded >= set(of_host))
+    with ThreadPoolExecutor(1) as beside:
+        reading = beside.submit(_requests, run, hosts, served=not recorded >= set(of_host))
+        polled = read_polled(run, host, offsets)
+        wanted = wanted_gpus(run, polled, scope)
+        requests = reading.result()
     unrecorded, notes = _state(run, requests["request_id"])
     window, remarks = _window(run, requests, of_host, polled, wanted)
     instances = tuple(
@@ -175,37 +178,6 @@ def _check_power(run: Run) -> None:
             f"{run.path}: has no power samples (power.parquet), so there is no energy to attribute; "
             "replay with GPUs that can be read (--gpus with an attached server) or with --engine sim"
         )
-
-
-def _polled(run: Run, named_host: str | None, offsets: Mapping[str, int]) -> pl.DataFrame:
-    """One row a GPU that was polled, in order: host, gpu, `first_ns` and `last_ns` of its readings, polls that failed.
-
-    These are `unread`, from `unread_ns` on.
-    """
-    path = run.path / "power.parquet"
-    frames = []
-    for group in row_groups(run.path, "power", "t_ns"):
-        # Where one of the values is in all rows, all were read.
-        values = VALUES if not group.full & set(VALUES) else ()
-        rows = read_group(group, "power", ("t_ns", "host", "gpu", *values))
-        for name in ("t_ns", "gpu"):
-            if rows[name].null_count():
-                raise RunError(f"{path}: column '{name}' has a null in row {rows[name].is_null().arg_max()}")
-        failed = UNREAD if values else pl.lit(value=False)
-        times = {"first_ns": pl.col("t_ns").filter(~failed).min(), "last_ns": pl.col("t_ns").filter(~failed).max()}
-        lost = {"unread": failed.sum(), "unread_ns": pl.col("t_ns").filter(failed).min()}
-        reach = {"polled_first_ns": pl.col("t_ns").min(), "polled_last_ns": pl.col("t_ns").max()}
-        frames.append(rows.group_by("host", "gpu").agg(**times, **lost, **reach))
-    if not frames or not any(frame.height for frame in frames):
-        raise AnalysisError(f"{path}: has no rows, so there is no energy to attribute")
-    gpus = pl.concat(frames).with_columns(pl.col("host").fill_null(named_host or ""))
-    offset = pl.col("host").replace_strict(dict(offsets), default=0, return_dtype=pl.Int64)
-    least, most = pl.col("first_ns", "polled_first_ns", "unread_ns").min(), pl.col("last_ns", "polled_last_ns").max()
-    gpus = gpus.group_by("host", "gpu").agg(least, most, pl.col("unread").sum()).sort("host", "gpu")
-    return gpus.with_columns(pl.col("^.*_ns$") - offset).with_columns(
-        pl.coalesce("first_ns", "polled_first_ns").alias("first_ns"),
-        pl.coalesce("last_ns", "polled_last_ns").alias("last_ns"),
-    )
 
 
 def _instances_of(run: Run, table: str) -> set[int | None]:
@@ -259,7 +231,7 @@ def _cpu(run: Run, hosts: Mapping[str, Mapping[str, Any]], zero_ns: int) -> tupl
     result = []
     for host, domain in sorted(domains, key=str):
         read = domains[host, domain].drop_nulls("energy_uj")
-        t_s = (read["t_ns"] - (zero_ns + _offset_ns(hosts, host))).cast(pl.Float64) / NS_PER_S
+        t_s = (read["t_ns"] - (zero_ns + offset_ns(hosts, host))).cast(pl.Float64) / NS_PER_S
         # From its own lowest value: a double would not tell the microjoules of a counter near 2^64.
         energy_j = (read["energy_uj"] - read["energy_uj"].min()).cast(pl.Float64) / 1e6
         result.append(CpuData(str(domain) if one_host else f"{domain} on {host}", t_s.to_numpy(), energy_j.to_numpy()))
@@ -272,66 +244,17 @@ def names(gpus: Sequence[str]) -> str:
     return ", ".join(unique) if len(unique) <= MANY else f"{len(unique)} GPUs ({unique[0]} to {unique[-1]})"
 
 
-def _by_host(run: Run) -> dict[str, dict[str, Any]]:
-    """The manifest's `hosts` by name."""
-    return {str(entry.get("host")): entry for entry in run.manifest.get("hosts") or []}
-
-
-def _offset_ns(hosts: Mapping[str, Mapping[str, Any]], host: Any) -> int:
-    """Clock of `host` minus the replayer's."""
-    return int(hosts.get(str(host), {}).get("offset_ns") or 0)
-
-
 def _requests(run: Run, hosts: Mapping[str, Mapping[str, Any]], *, served: bool) -> pl.DataFrame:
     """Whose requests these are and their times on the replayer's clock; `served`: with the tokens counted."""
     columns = ["request_id", "instance", "status", "worker", *_TIMES, *(_SERVED if served else ())]
     frame = run.scan("requests", columns).collect()
     check_requests(run, frame)
     workers = [w for w in run.manifest.get("workers") or [] if w.get("worker") is not None]
-    offsets = {int(w["worker"]): _offset_ns(hosts, w.get("host")) for w in workers}
+    offsets = {int(w["worker"]): offset_ns(hosts, w.get("host")) for w in workers}
     if any(offsets.values()):
         offset = pl.col("worker").replace_strict(offsets, default=0, return_dtype=pl.Int64)
         frame = frame.with_columns(pl.col(_TIMES) - offset)
     return frame.drop("worker")
-
-
-def _manifest_instances(run: Run) -> list[dict[str, Any]]:
-    """The manifest's `instances`, each with its number."""
-    instances = run.manifest.get("instances")
-    if not isinstance(instances, list) or not instances:
-        raise RunError(f"{run.path / MANIFEST}: 'instances' is missing or empty; it says which GPUs an engine used")
-    for entry in instances:
-        if entry.get("instance") is None:
-            raise RunError(f"{run.path / MANIFEST}: an entry of 'instances' has no key 'instance'")
-    return instances
-
-
-def _wanted_gpus(run: Run, polled: pl.DataFrame, scope: str) -> list[tuple[int | None, list[tuple[str, int]]]]:
-    """Per instance the (host, gpu) pairs to account for; with scope `node` the unused GPUs come last, under None."""
-    sampled = set(polled.select("host", "gpu").iter_rows())
-    wanted: list[tuple[int | None, list[tuple[str, int]]]] = []
-    for entry in _manifest_instances(run):
-        number = int(entry["instance"])
-        if not entry.get("gpus"):
-            raise AnalysisError(
-                f"{run.path / MANIFEST}: instance {number} names no 'gpus', so no power belongs to it; "
-                "replay with --gpus where the server is attached"
-            )
-        host = str(entry.get("host") or "")
-        if not any(name == host for name, _ in sampled) and len({name for name, _ in sampled}) == 1:
-            host = next(name for name, _ in sampled)  # one host only: whatever the writer called it
-        gpus = [(host, int(gpu)) for gpu in entry["gpus"]]
-        for host_gpu in gpus:
-            if host_gpu not in sampled:
-                raise AnalysisError(
-                    f"{run.path / 'power.parquet'}: has no readings of gpu {host_gpu[1]}"
-                    f"{f' on {host}' if host else ''}, which {MANIFEST} gives to instance {number}"
-                )
-        wanted.append((number, gpus))
-    used = {gpu for _, gpus in wanted for gpu in gpus}
-    if scope == "node" and sampled - used:
-        wanted.append((None, sorted(sampled - used)))
-    return wanted
 
 
 def _window(
@@ -387,8 +310,7 @@ def _seconds(frame: pl.DataFrame, zero_ns: int, names: tuple[str, ...]) -> pl.Da
 
 def _gpu(run: Run, host: str, gpu: int) -> GpuData:
     """The manifest's figures of one GPU."""
-    entries = [e for e in run.manifest.get("gpus") or [] if e.get("gpu") == gpu]
-    entry = next((e for e in entries if str(e.get("host") or host) == host), entries[0] if len(entries) == 1 else {})
+    entry = gpu_entry(run, host, gpu)
     none = np.zeros(0)
     return GpuData(
         host=host,

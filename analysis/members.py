@@ -2,15 +2,16 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from analysis.checks import check_segments, check_steps
+from analysis.checks import check_members, check_segments, check_steps
 from analysis.kernels import first_overlap, spans_of
+from analysis.streams import read_ahead
 from replay.rundir import RowGroup, Run, read_group, row_groups
-from tracegen.errors import RunError
 
 Ints32 = NDArray[np.int32]
 COLUMNS = ("instance", "request_id", "first_step", "last_step", "kind", "tokens_per_step", "context_start")
@@ -39,15 +40,20 @@ class Members:
 
     def among(self, low: int, high: int) -> NDArray[np.int64]:
         """Rows of the segments that are in some of the steps `low` to `high`, counted from `base`."""
-        end = int(np.searchsorted(self.first, high, side="right"))
-        begin = int(np.searchsorted(self.reach[:end], low, side="left"))
+        end = _found(self.first, high, "right")
+        begin = _found(self.reach[:end], low, "left")
         return begin + np.flatnonzero(self.last[begin:end] >= low)
 
     def here_between(self, low: int, high: int) -> tuple[Ints32, Ints32]:
         """First and last step of the requests that were in the engine at some of the steps `low` to `high`."""
-        end = int(np.searchsorted(self.here_from, high, side="right"))
-        begin = int(np.searchsorted(self.here_reach[:end], low, side="left"))
+        end = _found(self.here_from, high, "right")
+        begin = _found(self.here_reach[:end], low, "left")
         return self.here_from[begin:end], self.here_to[begin:end]
+
+
+def _found(ascending: Ints32, step: int, side: Literal["left", "right"]) -> int:
+    """Where `step` would stand; asked as a number of another width numpy would copy the whole array first."""
+    return int(np.searchsorted(ascending, np.int32(min(max(step, -MOST_STEPS), MOST_STEPS)), side=side))
 
 
 class RowOf:
@@ -109,22 +115,9 @@ def read_members(run: Run, row_of: RowOf) -> tuple[dict[int, Members], list[str]
 
 def _checked(run: Run, groups: list[RowGroup], base: int) -> Iterator[pl.DataFrame]:
     """The row groups of the table, each row possible by itself."""
-    source, before = run.path / "segments.parquet", 0
-    for group in groups:
-        rows = read_group(group, "segments", COLUMNS)
-        for name in COLUMNS:
-            if name != "request_id" and rows[name].null_count():
-                raise RunError(
-                    f"{source}: column '{name}' has a null in row {before + int(rows[name].is_null().arg_max() or 0)}"
-                )
-        for wrong, why in (
-            (~rows["kind"].is_in(["prefill", "decode"]), "column 'kind': '{kind}' is neither prefill nor decode"),
-            (rows["last_step"] < rows["first_step"], "request {request_id}: last_step is before first_step"),
-            (rows["last_step"] > base + MOST_STEPS, "column 'last_step': {last_step} is 2^31 steps after the first"),
-        ):
-            if wrong.any():
-                row = int(wrong.arg_max() or 0)
-                raise RunError(f"{source}: row {before + row}, {why.format(**rows.row(row, named=True))}")
+    before = 0
+    for rows in read_ahead(groups, "segments", COLUMNS):
+        check_members(run, rows, before, base + MOST_STEPS)
         before += rows.height
         yield rows
 
@@ -150,28 +143,34 @@ def _members(base: int, parts: list[dict[str, NDArray[np.generic]]]) -> Members:
 
 
 def _check(run: Run, members: dict[int, Members]) -> list[str]:
-    """Whether a request is in a step twice, or in steps that were not recorded."""
+    """Whether a request is in a step twice, or in steps that were not recorded; what to say of those cut off."""
     twice = any(first_overlap(m.request, m.first, m.last) >= 0 for m in members.values())
-    ends = last_steps(run)
-    beyond = any(len(m) and m.base + int(m.reach[-1]) > ends[i] for i, m in members.items() if i in ends)
     strange = set(members) - {int(i["instance"]) for i in run.manifest["instances"]}
-    if not twice and not beyond and not strange:
-        return []
-    segments, steps = run.scan("segments").collect(), run.scan("steps", ["instance", "step"]).collect()
-    check_steps(run, run.scan("steps").collect().sort("instance", "step"))
-    remark = check_segments(run, segments, steps)
-    return [remark] if remark else []
+    early, late = 0, 0
+    for instance, (low, high) in step_ranges(run).items():
+        if instance in members:
+            early += int((members[instance].first < low - members[instance].base).sum())
+            late += int((members[instance].last > high - members[instance].base).sum())
+    if twice or strange or (late and run.manifest.get("state") == "complete"):
+        check_steps(run, run.scan("steps").collect().sort("instance", "step"))
+        check_segments(run, run.scan("segments").collect(), run.scan("steps", ["instance", "step"]).collect())
+    said = ((early, "begin before the first"), (late, "reach beyond the last"))
+    return [f"{count} segments {what} engine step recorded and were cut there" for count, what in said if count]
 
 
-def last_steps(run: Run) -> dict[int, int]:
-    """The number of the last step of each instance in steps.parquet."""
-    known: dict[int, int] = {}
+def step_ranges(run: Run) -> dict[int, tuple[int, int]]:
+    """The numbers of the first and the last step of each instance in steps.parquet; not of one without a number."""
+    parts = []
     by_step = row_groups(run.path, "steps", "step")
     for group, place in zip(by_step, row_groups(run.path, "steps", "instance"), strict=True):
-        if place.low is not None and place.low == place.high and group.high is not None:
-            known[place.low] = max(group.high, known.get(place.low, 0))
+        if place.low is not None and place.low == place.high and group.low is not None and group.high is not None:
+            parts.append((place.low, group.low, group.high))
         else:
-            rows = read_group(group, "steps", ("instance", "step"))
-            for instance, step in rows.group_by("instance").agg(pl.col("step").max()).iter_rows():
-                known[instance] = max(step, known.get(instance, 0))
+            rows = read_group(group, "steps", ("instance", "step")).drop_nulls()
+            ends = (pl.col("step").min().alias("low"), pl.col("step").max().alias("high"))
+            parts += rows.group_by("instance").agg(ends).rows()
+    known: dict[int, tuple[int, int]] = {}
+    for instance, low, high in parts:
+        before = known.get(instance, (low, high))
+        known[instance] = min(low, before[0]), max(high, before[1])
     return known

@@ -1,13 +1,15 @@
 """What is to be said of an instance's meters, gathered slab by slab."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from analysis.accounts import Account, Fitted
+from analysis.accounts import Fitted
 from analysis.counter import Survey
 from analysis.load import HOLE_S, InstanceData, RunData, names
 from analysis.patches import Patch
+from analysis.slabs import Slab
 from analysis.timeline import NOTHING_KNOWN, GpuTimeline
 
 
@@ -34,10 +36,10 @@ class Meters:
         self._duration_s = data.duration_s
         self._seen = {gpu.name: _Seen([], [], [], []) for gpu in instance.gpus}
 
-    def add(self, account: Account) -> None:
-        """Add a slab."""
-        begin_s, until_s = account.slab.begin_s, account.slab.until_s
-        for gpu, line in zip(account.slab.gpus, account.timelines, strict=True):
+    def add(self, slab: Slab, lines: Sequence[GpuTimeline]) -> None:
+        """Add a slab, and what its GPUs' sensors say."""
+        begin_s, until_s = slab.begin_s, slab.until_s
+        for gpu, line in zip(slab.gpus, lines, strict=True):
             seen = self._seen[line.name]
             seen.sources.append(line.curve.source)
             seen.whys += [line.why] if line.why else []

@@ -6,11 +6,11 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from analysis.energy import DEFAULT_METHOD, Energy, attribute_methods
+from analysis.energy import Energy, attribute_methods
 from analysis.evaluate import judge
 from analysis.latency import answered
 from analysis.requests import CORE, request_table
-from analysis.split import MARGINAL, METHOD_NAMES
+from analysis.split import DEFAULT_METHOD, MARGINAL, METHOD_NAMES
 from replay.rundir import Run
 from tracegen.buckets import BUCKETS
 from tracegen.console import format_si

@@ -15,14 +15,15 @@ with those moments, one large chunk and equal others, which is exact for one and
 pays p·c + q·c² and its attention's price.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
-from analysis.game import play
+from analysis.game import play, play_linear
+from analysis.kernels import count_chunks
 from analysis.load import Floats
-from analysis.model import TERMS, TINY, Model
-from analysis.steps import PREFILL, PREFILL_TOKENS, Segments, Steps
+from analysis.model import TERMS, Model
+from analysis.steps import PREFILL, Segments, Steps
 
 
 @dataclass(frozen=True)
@@ -36,14 +37,6 @@ class Parts:
     shared: Floats  # (n,)
     price: Floats  # (n, 4), J per unit of work
     square: Floats | None = None  # (n,), J per squared token of a prefill chunk; None: nought
-
-
-def own_j(parts: Parts, work: Floats) -> Floats:
-    """What one request's `work` (n, 4) costs by itself in each step, J."""
-    own: Floats = np.einsum("ij,ij->i", parts.price, work)
-    if parts.square is not None:
-        own = own + parts.square * work[:, PREFILL_TOKENS] ** 2
-    return own
 
 
 def scale(parts: Parts, factor: Floats) -> Parts:
@@ -62,16 +55,8 @@ class Chunks:
 
 def chunks_of(steps: Steps, segments: Segments) -> Chunks:
     """The prefill chunks that `segments` put into `steps`; unlisted prefill tokens count as one chunk more."""
-    rows = np.flatnonzero(segments.kind == PREFILL)
-
-    def running(values: Floats) -> Floats:
-        delta = np.bincount(segments.first[rows], weights=values, minlength=len(steps) + 1)
-        delta -= np.bincount(segments.last[rows] + 1, weights=values, minlength=len(steps) + 1)
-        return np.asarray(np.round(np.cumsum(delta))[:-1], dtype=np.float64)
-
-    unlisted = steps.unlisted_work[:, 0]
-    count = running(np.ones(rows.size)) + (unlisted > 0)
-    return Chunks(count, running(segments.tokens[rows] ** 2) + unlisted**2)
+    prefill = segments.kind == PREFILL
+    return Chunks(*count_chunks(segments.first, segments.last, prefill, segments.tokens, steps.unlisted_work))
 
 
 def equal_chunks(steps: Steps) -> Chunks:
@@ -85,24 +70,8 @@ def price_steps(model: Model, steps: Steps, idle_w: Floats, chunks: Chunks | Non
     span_s = steps.end_s - steps.start_s
     busy_s = np.minimum(steps.measured_s, span_s) if model.timed else span_s
     if model.linear:
-        return _linear(model, steps, idle_w, idle_w * span_s + (model.features(steps) @ model.power) * busy_s)
+        power = np.concatenate([model.power[:1], model.power[TERMS:]])
+        return Parts(*play_linear(model.overhead, power, model.timed, idle_w, span_s, busy_s, steps.work))
     known = equal_chunks(steps) if chunks is None else chunks
     flat = np.concatenate([model.overhead, model.compute, model.memory, model.power, [model.exponent, model.wave]])
-    total, shared, price, square, watts = play(flat, idle_w, steps.work, steps.requests, known.count, known.squares)
-    modelled = idle_w * span_s + watts * busy_s
-    factor = np.divide(modelled, total, out=np.zeros_like(total), where=total > TINY)
-    scaled = scale(Parts(total, shared, price, square), factor)
-    return replace(scaled, total=modelled, shared=np.where(total > TINY, scaled.shared, modelled))
-
-
-def _linear(model: Model, steps: Steps, idle_w: Floats, modelled: Floats) -> Parts:
-    """Prices of a linear model are its coefficients, at the pace of each step."""
-    span_s = steps.end_s - steps.start_s
-    predicted = model.predict_s(steps.work)
-    price: Floats = np.broadcast_to(model.power[TERMS + 1 :], steps.work.shape)
-    if predicted is not None:
-        predicted = np.maximum(predicted, TINY)
-        pace = np.minimum(steps.measured_s, span_s) / predicted
-        idle_j = idle_w * span_s / predicted
-        price = pace[:, None] * price + (idle_j + pace * model.power[0])[:, None] * model.overhead[1:5]
-    return Parts(modelled, np.maximum(modelled - (price * steps.work).sum(axis=1), 0.0), np.array(price))
+    return Parts(*play(flat, idle_w, span_s, busy_s, steps.work, steps.requests, known.count, known.squares))

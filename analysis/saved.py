@@ -7,8 +7,9 @@ from typing import Any
 import polars as pl
 
 from analysis.buckets import bucket_table
-from analysis.energy import DEFAULT_METHOD, ENERGY_DIR, SUMMARY, Energy, attribute, write_energy
+from analysis.energy import ENERGY_DIR, SUMMARY, Energy, attribute, write_energy
 from analysis.requests import CORE, beside, request_table
+from analysis.split import DEFAULT_METHOD
 from replay.rundir import MANIFEST, Run
 from tracegen.errors import AnalysisError, RunError
 

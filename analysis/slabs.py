@@ -4,7 +4,7 @@ A slab ends where a block ends, and where blocks end does not depend on slabs: w
 a run is cut. While one slab is worked on the rows of the next are read.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
@@ -12,12 +12,15 @@ import numpy as np
 import polars as pl
 
 from analysis.blocks import Blocks, blocks_between, cut_times
-from analysis.checks import check_steps
-from analysis.load import NS_PER_S, UNREAD, VALUES, Floats, GpuData, InstanceData, RunData
+from analysis.checks import BACKWARDS_NS, LONGEST_NS, MOST_IN_STEP, MOST_STEP, OVERLAP_NS, check_steps
+from analysis.kernels import Whole, in_order
+from analysis.load import NS_PER_S, Floats, GpuData, InstanceData, RunData
 from analysis.members import Members
 from analysis.membership import from_client
+from analysis.polled import UNREAD, VALUES
 from analysis.steps import (
     Before,
+    Ints,
     Segments,
     Steps,
     from_records,
@@ -26,7 +29,7 @@ from analysis.steps import (
     steps_at,
     times_of,
 )
-from analysis.streams import OrderedRows, rows_between
+from analysis.streams import OrderedRows, Part, Rows, parted, rows_between
 from replay.rundir import POWER, read_group, row_groups
 from tracegen.errors import RunError
 
@@ -41,6 +44,7 @@ STEP_COLUMNS = (
     "instance", "step", "start_ns", "end_ns", "prefill_tokens", "decode_tokens", "context_tokens", "prefill_attention",
     "requests", "waiting",
 )  # fmt: skip
+OF_ENGINE, OF_GPU = ("instance",), ("host", "gpu")
 POWER_COLUMNS = ("t_ns", "sensor_ns", "host", "gpu", *VALUES, "sm_clock_mhz", "throttle_reasons")
 
 
@@ -78,15 +82,19 @@ class _Recorded:
         self._last_step = -1
         self._begin_s = begin_s
 
+    def requests(self) -> Whole:
+        """The row of each segment's request, -1 for one that is not ours."""
+        return self._members.request
+
     def advance(self, rows: pl.DataFrame | None, until_s: float, *, final: bool) -> tuple[Steps, Segments, Blocks]:
         """The blocks that are whole once `rows`, the steps that ended before `until_s`, are there."""
         parts = [] if self._rest is None else [self._rest]
         if rows is not None:
-            parts.append(self._checked(rows.filter(pl.col("instance") == self._instance.instance)))
+            parts.append(self._checked(rows))
         rows = pl.concat(parts) if parts else None
         if rows is None or rows.is_empty():
             return self._no_steps(until_s, final=final)
-        start_s, end_s = times_of(rows, self._members, self._before, self._zero_ns)
+        times = start_s, end_s, _ = times_of(rows, self._members, self._before, self._zero_ns)
         inside = [np.clip(t, 0.0, self._duration_s) for t in (start_s, end_s)]
         cuts = cut_times(inside[0], inside[1], self._begin_s, until_s, final=final)
         middle_s = (inside[0] + inside[1]) / 2
@@ -98,7 +106,8 @@ class _Recorded:
         blocks = blocks_between(inside[0][:here], inside[1][:here], cuts)
         if not here:
             return *no_steps(), blocks
-        return *from_records(rows[:here], start_s[:here], end_s[:here], self._members), blocks
+        here_times = times[0][:here], times[1][:here], times[2][:here]
+        return *from_records(rows[:here], here_times, self._members), blocks
 
     def _no_steps(self, until_s: float, *, final: bool) -> tuple[Steps, Segments, Blocks]:
         """What comes next may begin before `until_s`, so that a stretch without steps is kept open."""
@@ -116,8 +125,12 @@ class _Recorded:
                 raise RunError(f"{self._source}: column '{name}' has a null in row {rows[name].is_null().arg_max()}")
         if not rows["step"].is_sorted():
             rows = rows.sort("step", maintain_order=True)
-        check_steps(self._run, rows)
         number = rows["step"]
+        edges_ns = rows["start_ns"].to_numpy(), rows["end_ns"].to_numpy()
+        bounds = MOST_STEP, BACKWARDS_NS, LONGEST_NS, OVERLAP_NS
+        much = any(rows[name].max() > most for name, most in MOST_IN_STEP.items())  # type: ignore[operator]  # numbers
+        if much or not in_order(number.to_numpy(), *edges_ns, self._last_step, *bounds):
+            check_steps(self._run, rows)
         if number[0] <= self._last_step:
             what = f"{self._source}: instance {self._instance.instance}, step {number[0]}"
             raise RunError(f"{what} ends later than step {self._last_step}; an engine's steps follow each other")
@@ -131,6 +144,10 @@ class _Client:
     def __init__(self, steps: Steps, segments: Segments, begin_s: float) -> None:
         self._steps, self._segments, self._begin_s = steps, segments, begin_s
         self._done = int(np.searchsorted(steps.start_s, begin_s)) if begin_s > 0 else 0
+
+    def requests(self) -> Whole:
+        """As `_Recorded` does."""
+        return self._segments.request
 
     def advance(self, rows: pl.DataFrame | None, until_s: float, *, final: bool) -> tuple[Steps, Segments, Blocks]:
         """As `_Recorded` does."""
@@ -153,73 +170,63 @@ _Source = _Recorded | _Client
 
 
 class Readings:
-    """The power readings of a run as rows in order of time, kept for as long as a slab may need them."""
+    """The power readings of a run's GPUs in order of time, kept for as long as a slab may need them."""
 
     def __init__(self, data: RunData) -> None:
         self._data = data
-        self._streams = {
-            offset: OrderedRows(data.run, "power", "t_ns", POWER_COLUMNS)
-            for offset in sorted(set(data.offsets_ns.values()) | {0})
-        }
+        self._gpus = _gpus_by_part(data)
         self._kept: dict[tuple[str, int], pl.DataFrame] = {}
-        self._wanted = {(gpu.host, gpu.gpu) for instance in data.instances for gpu in instance.gpus}
 
-    def read(self, until_s: float | None) -> list[pl.DataFrame]:
-        """The next rows, up to `until_s` (None: all); to be given to `add`. May run beside everything else."""
-        frames = []
-        for offset, stream in self._streams.items():
-            rows = stream.until(None if until_s is None else _time_ns(self._data, until_s, offset))
-            if rows is not None:
-                frames.append(_on_one_clock(self._data, rows, offset))
-        return frames
+    def ahead(self) -> OrderedRows:
+        """The rows that come, to be given to `add`; they may be read beside everything else."""
+        shifts = {part: self._data.offsets_ns.get(gpu[0], 0) for part, gpu in self._gpus.items()}
+        return OrderedRows(self._data.run, "power", "t_ns", POWER_COLUMNS, OF_GPU, shifts)
 
-    def add(self, frames: Sequence[pl.DataFrame]) -> None:
-        """Put `frames` to what is kept."""
-        for frame in frames:
-            for key in self._wanted:
-                mine = frame.filter((pl.col("host") == key[0]) & (pl.col("gpu") == key[1]))
-                kept = self._kept.get(key)
-                self._kept[key] = mine if kept is None else pl.concat([kept, mine])
+    def add(self, rows: Rows) -> None:
+        """Put `rows` to what is kept."""
+        for part, mine in rows.items():
+            gpu = self._gpus[part]
+            kept = self._kept.get(gpu)
+            self._kept[gpu] = mine if kept is None else pl.concat([kept, mine], how="diagonal_relaxed")
 
     def of(self, gpu: GpuData, begin_s: float, until_s: float) -> GpuData:
         """`gpu` with its readings from `begin_s` to `until_s` and a margin; those before are forgotten."""
-        key = (gpu.host, gpu.gpu)
-        zero_ns = self._data.window_ns[0]
-        low, high = (zero_ns + round(t * NS_PER_S) for t in (begin_s - MARGIN_S, until_s + MARGIN_S))
-        rows = self._kept.get(key, POWER.to_frame())
+        offset_ns = self._data.offsets_ns.get(gpu.host, 0)
+        low, high = (_time_ns(self._data, t, offset_ns) for t in (begin_s - MARGIN_S, until_s + MARGIN_S))
+        rows = self._kept.get((gpu.host, gpu.gpu), POWER.to_frame())
+        if not rows["t_ns"].is_sorted():  # some of its rows name the host and some do not
+            rows = rows.sort("t_ns", maintain_order=True)
         here = int(rows["t_ns"].search_sorted(low, side="left"))
-        self._kept[key] = rows[here:]
-        return readings_of(gpu, rows[here : int(rows["t_ns"].search_sorted(high, side="right"))], zero_ns)
+        self._kept[gpu.host, gpu.gpu] = rows[here:]
+        until = int(rows["t_ns"].search_sorted(high, side="right"))
+        return readings_of(gpu, rows[here:until], _time_ns(self._data, 0.0, offset_ns))
 
 
-def _on_one_clock(data: RunData, rows: pl.DataFrame, offset_ns: int) -> pl.DataFrame:
-    """The rows of those hosts whose clock is so far from the replayer's, on the replayer's."""
-    rows = rows.with_columns(pl.col("host").fill_null(data.named_host or ""))
-    others = [host for host, offset in data.offsets_ns.items() if offset != offset_ns]
-    if offset_ns:
-        rows = rows.filter(pl.col("host").is_in([host for host in data.offsets_ns if host not in others]))
-    elif others:
-        rows = rows.filter(~pl.col("host").is_in(others))
-    return rows if offset_ns == 0 else rows.with_columns(pl.col("t_ns", "sensor_ns") - offset_ns)
+def _gpus_by_part(data: RunData) -> dict[Part, tuple[str, int]]:
+    """Whose the rows of power.parquet are, by their host and gpu; rows without a host are the one host's."""
+    gpus = {(gpu.host, gpu.gpu) for instance in data.instances for gpu in instance.gpus}
+    unnamed = {(None, gpu): (host, gpu) for host, gpu in gpus if host == (data.named_host or "")}
+    return {**{gpu: gpu for gpu in gpus}, **unnamed}
 
 
 def readings_of(gpu: GpuData, rows: pl.DataFrame, zero_ns: int) -> GpuData:
     """`gpu` with the readings of `rows`; polls that failed are left out where others did not."""
-    if rows.select(UNREAD.any() & ~UNREAD.all()).item():
+    if all(rows[name].null_count() for name in VALUES) and rows.select(UNREAD.any() & ~UNREAD.all()).item():
         rows = rows.filter(~UNREAD)
 
-    def column(expr: pl.Expr) -> Floats:
-        return rows.select(expr.cast(pl.Float64).fill_null(float("nan"))).to_series().to_numpy()
+    def column(name: str, less: int = 0, unit: float = 1.0) -> Floats:
+        values = rows[name] - less if less else rows[name]
+        return np.asarray(values.cast(pl.Float64).to_numpy() / unit)  # a null becomes NaN
 
     return replace(
         gpu,
-        t_s=column((pl.col("t_ns") - zero_ns) / NS_PER_S),
-        sensor_s=column((pl.col("sensor_ns") - zero_ns) / NS_PER_S),
-        instant_w=column(pl.col("power_instant_mw") / 1e3),
-        average_w=column(pl.col("power_average_mw") / 1e3),
-        counter_j=column(pl.col("energy_mj") / 1e3),
-        sm_clock_mhz=column(pl.col("sm_clock_mhz")),
-        throttle_reasons=column(pl.col("throttle_reasons")),
+        t_s=column("t_ns", zero_ns, NS_PER_S),
+        sensor_s=column("sensor_ns", zero_ns, NS_PER_S),
+        instant_w=column("power_instant_mw", unit=1e3),
+        average_w=column("power_average_mw", unit=1e3),
+        counter_j=column("energy_mj", unit=1e3),
+        sm_clock_mhz=column("sm_clock_mhz"),
+        throttle_reasons=column("throttle_reasons"),
     )
 
 
@@ -230,14 +237,14 @@ def read_clock(data: RunData, gpu: GpuData) -> GpuData:
     known = [end for end in ends if end is not None]
     if len(known) == len(ends) and max(known, default=0) - min(known, default=0) <= CLOCK_STEP_MHZ:
         return gpu
-    offset = data.offsets_ns.get(gpu.host, 0)
+    parts = [part for part, name in _gpus_by_part(data).items() if name == (gpu.host, gpu.gpu)]
     second = pl.col("t_ns") // round(NS_PER_S)
-    frames = []
+    frames = [POWER.to_frame()]
     for group in groups:
-        rows = _on_one_clock(data, read_group(group, "power", POWER_COLUMNS), offset)
-        rows = rows.filter((pl.col("host") == gpu.host) & (pl.col("gpu") == gpu.gpu))
-        frames.append(rows.filter(second != second.shift().fill_null(-1)))
-    return readings_of(gpu, pl.concat(frames).sort("t_ns"), data.window_ns[0])
+        found = parted(read_group(group, "power", POWER_COLUMNS), OF_GPU)
+        frames += [found[part].filter(second != second.shift().fill_null(-1)) for part in parts if part in found]
+    rows = pl.concat(frames, how="diagonal_relaxed").sort("t_ns")
+    return readings_of(gpu, rows, _time_ns(data, 0.0, data.offsets_ns.get(gpu.host, 0)))
 
 
 class RunSlabs:
@@ -246,8 +253,8 @@ class RunSlabs:
     def __init__(self, data: RunData, members: dict[int, Members], *, at_once: int = STEPS_AT_ONCE) -> None:
         """`at_once`: steps in a slab."""
         self._data, self._members = data, members
-        self._offsets = sorted({i.offset_ns for i in data.instances if i.recorded})
-        self._steps = row_groups(data.run.path, "steps", "end_ns") if self._offsets else []
+        self._shifts: dict[Part, int] = {(i.instance,): i.offset_ns for i in data.instances if i.recorded}
+        self._steps = row_groups(data.run.path, "steps", "end_ns") if self._shifts else []
         self._power = row_groups(data.run.path, "power", "t_ns")
         self._clients = {
             i.instance: from_client(data, i) for i in data.instances if i.instance is not None and not i.recorded
@@ -256,20 +263,26 @@ class RunSlabs:
         readings = sum(group.rows for group in self._power)
         self.count = max(1, -(-self.steps // at_once), -(-readings // READINGS_AT_ONCE))
 
+    def rows_of(self, instance: InstanceData) -> Ints:
+        """Rows of the requests that are in some of the instance's segments, ascending."""
+        mine = self._source(instance, 0.0).requests()
+        seen = np.zeros(len(self._data.ids), dtype=bool)
+        seen[mine[mine >= 0]] = True
+        return np.flatnonzero(seen)
+
     def __iter__(self) -> Iterator[list[Slab]]:
         """One slab of each instance at a time; together they cover the window."""
         data = self._data
         edges_s: list[float | None] = [*np.linspace(0.0, data.duration_s, self.count + 1)[1:-1].tolist(), None]
         sources = [self._source(instance, 0.0) for instance in data.instances]
-        steps = {offset: OrderedRows(data.run, "steps", "end_ns", STEP_COLUMNS) for offset in self._offsets}
+        steps = self._steps and OrderedRows(data.run, "steps", "end_ns", STEP_COLUMNS, OF_ENGINE, self._shifts)
         readings = Readings(data)
+        polls = readings.ahead()
 
-        def read(until_s: float | None) -> tuple[dict[int, pl.DataFrame | None], list[pl.DataFrame]]:
-            rows = {
-                offset: stream.until(None if until_s is None else _time_ns(data, until_s, offset))
-                for offset, stream in steps.items()
-            }
-            return rows, readings.read(None if until_s is None else until_s + MARGIN_S)
+        def read(until_s: float | None) -> tuple[Rows, Rows]:
+            bound = None if until_s is None else _time_ns(data, until_s, 0)
+            rows = steps.until(bound) if steps else {}
+            return rows, polls.until(None if until_s is None else _time_ns(data, until_s + MARGIN_S, 0))
 
         with ThreadPoolExecutor(1) as reader:
             ahead = reader.submit(read, edges_s[0])
@@ -281,8 +294,7 @@ class RunSlabs:
                 end_s = data.duration_s if until_s is None else until_s
                 slabs = []
                 for source, instance in zip(sources, data.instances, strict=True):
-                    new = rows.get(instance.offset_ns) if instance.recorded else None
-                    parts = source.advance(new, end_s, final=until_s is None)
+                    parts = source.advance(rows.get((instance.instance,)), end_s, final=until_s is None)
                     begin_s, cut_s = float(parts[2].cuts_s[0]), float(parts[2].cuts_s[-1])
                     gpus = tuple(readings.of(gpu, begin_s, cut_s) for gpu in instance.gpus)
                     slabs.append(Slab(instance, *parts, gpus))
@@ -301,26 +313,22 @@ class RunSlabs:
     def _stretch(self, begin_s: float, until_s: float) -> list[Slab]:
         """What is whole between two times."""
         data, slabs = self._data, []
-        low_s, high_s = begin_s - MARGIN_S, until_s + MARGIN_S
-        steps = {
-            offset: rows_between(
-                self._steps,
-                "steps",
-                "end_ns",
-                STEP_COLUMNS,
-                (_time_ns(data, begin_s, offset), _time_ns(data, until_s, offset)),
-            )
-            for offset in self._offsets
-        }
-        polled = []
-        for offset in sorted(set(data.offsets_ns.values()) | {0}):
-            bounds = (_time_ns(data, low_s, offset), _time_ns(data, high_s, offset))
-            rows = rows_between(self._power, "power", "t_ns", POWER_COLUMNS, bounds)
-            polled += [] if rows is None else [_on_one_clock(data, rows, offset)]
         readings = Readings(data)
-        readings.add(polled)
+
+        def between(low_s: float, high_s: float, shift_ns: int) -> tuple[int, int]:
+            return _time_ns(data, low_s, shift_ns), _time_ns(data, high_s, shift_ns)
+
+        steps: Rows = {}
+        if self._shifts:
+            bounds = {part: between(begin_s, until_s, shift) for part, shift in self._shifts.items()}
+            steps = rows_between(self._steps, "steps", "end_ns", STEP_COLUMNS, OF_ENGINE, bounds)
+        bounds = {
+            part: between(begin_s - MARGIN_S, until_s + MARGIN_S, data.offsets_ns.get(gpu[0], 0))
+            for part, gpu in _gpus_by_part(data).items()
+        }
+        readings.add(rows_between(self._power, "power", "t_ns", POWER_COLUMNS, OF_GPU, bounds))
         for instance in data.instances:
-            rows = steps.get(instance.offset_ns) if instance.recorded else None
+            rows = steps.get((instance.instance,))
             parts = self._source(instance, begin_s).advance(rows, until_s, final=False)
             cuts_s = parts[2].cuts_s
             gpus = tuple(readings.of(gpu, float(cuts_s[0]), float(cuts_s[-1])) for gpu in instance.gpus)

@@ -14,10 +14,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from analysis.blocks import Blocks
-from analysis.kernels import pay, running_sums
+from analysis.kernels import pay, running_sums, unlisted_joules
 from analysis.load import Floats
 from analysis.model import TINY, Model, pace_of
-from analysis.pricing import Parts, own_j, scale
+from analysis.pricing import Parts, scale
 from analysis.steps import (
     CONTEXT_TOKENS,
     DECODE,
@@ -31,6 +31,7 @@ from analysis.steps import (
 )
 
 COLUMNS = {PREFILL: (PREFILL_TOKENS, PREFILL_ATTENTION), DECODE: (DECODE_TOKENS, CONTEXT_TOKENS)}
+DEFAULT_METHOD = "shapley"
 MARGINAL = "marginal"  # the method that is no price per step
 LEAST_PRICED = 1e-9  # of a step's energy: less is what rounding leaves
 ROWS_AT_ONCE = 500_000  # of a segment and a step, in memory
@@ -83,21 +84,20 @@ class Shares:
     steps: Floats
     time_s: Floats
     unlisted_j: float  # of requests that no segment names, and what `share_marginal` leaves over
+    equal_j: Floats | None = None  # by an equal split of the same steps; `share_marginal` has none
 
 
-def scale_parts(parts: Parts, step_j: Floats) -> Parts:
-    """`parts` in their proportions, with totals `step_j` (n,); what has no parts is shared equally."""
-    factor = np.divide(step_j, parts.total, out=np.zeros_like(step_j), where=parts.total > TINY)
-    scaled = scale(parts, factor)
-    return replace(scaled, total=step_j, shared=np.where(parts.total > TINY, scaled.shared, step_j))
+def share(parts: Parts, steps: Steps, segments: Segments, blocks: Blocks, step_j: Floats | None = None) -> Shares:
+    """What each segment pays of the steps that it is in.
 
-
-def share(parts: Parts, steps: Steps, segments: Segments, blocks: Blocks) -> Shares:
-    """What each segment pays of the steps that it is in."""
-    each_j = parts.shared / steps.requests
-    square = np.zeros_like(each_j) if parts.square is None else parts.square
-    sums = running_sums(each_j, parts.price, square, steps.g, steps.q, steps.end_s - steps.start_s, blocks.first)
-    energy_j, shared_j, time_s = pay(
+    `step_j` (n,): what the steps cost; `parts` count in their proportions, and what has no parts is shared equally.
+    None: what `parts` say.
+    """
+    step_j = parts.total if step_j is None else step_j
+    square = np.zeros(len(steps)) if parts.square is None else parts.square
+    prices = (parts.total, parts.shared, parts.price, square, step_j, steps.requests)
+    sums = running_sums(*prices, steps.g, steps.q, steps.end_s - steps.start_s, blocks.first)
+    paid = pay(
         sums,
         blocks.block,
         blocks.first,
@@ -111,9 +111,9 @@ def share(parts: Parts, steps: Steps, segments: Segments, blocks: Blocks) -> Sha
         segments.growth,
         segments.q_start,
     )
-    unlisted_j = float((each_j * steps.unlisted).sum() + own_j(parts, steps.unlisted_work).sum())
     count = (segments.last - segments.first + 1).astype(np.float64)
-    return Shares(energy_j, shared_j, count, time_s, unlisted_j)
+    unlisted_j = unlisted_joules(*prices, steps.unlisted, steps.unlisted_work)
+    return Shares(paid[:, 0], paid[:, 1], count, paid[:, 2], unlisted_j, paid[:, 3])
 
 
 def share_marginal(model: Model, steps: Steps, segments: Segments, idle_w: Floats, step_j: Floats) -> Shares:

@@ -11,8 +11,8 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from analysis.kernels import occupied, sum_pieces
-from analysis.load import NS_PER_S, Floats
+from analysis.kernels import occupied, step_times, sum_pieces, work_of
+from analysis.load import Floats
 from analysis.members import Members
 
 Ints = NDArray[np.int64]
@@ -70,17 +70,23 @@ class Before:
     waiting: bool
 
 
-def times_of(rows: pl.DataFrame, members: Members, before: Before | None, zero_ns: int) -> tuple[Floats, Floats]:
-    """Start, pause included, and end of each step of `rows` (STEPS in order), in s from `zero_ns` of their clock."""
-    start_s, end_s = (((rows[c] - zero_ns) / NS_PER_S).to_numpy() for c in ("start_ns", "end_ns"))
-    first = np.array([-np.inf if before is None else before.end_s])
-    ends_s = np.maximum.accumulate(np.concatenate([first, end_s]))
-    previous_s, end_s = ends_s[:-1], ends_s[1:]
-    waiting = rows["waiting"].fill_null(0).to_numpy() > 0
-    held = _held(rows["step"], members)
-    held |= np.concatenate([[before is not None and before.waiting], waiting[:-1]])
-    held |= start_s - previous_s < PAUSE_S
-    return np.where(held & (previous_s > -np.inf), previous_s, np.maximum(start_s, previous_s)), end_s
+def times_of(
+    rows: pl.DataFrame, members: Members, before: Before | None, zero_ns: int
+) -> tuple[Floats, Floats, Floats]:
+    """Start, pause included, and end of each step of `rows` (STEPS in order), and its own duration.
+
+    Seconds, times from `zero_ns` of their clock.
+    """
+    return step_times(
+        rows["start_ns"].to_numpy(),
+        rows["end_ns"].to_numpy(),
+        zero_ns,
+        _held(rows["step"], members),
+        rows["waiting"].fill_null(0).to_numpy(),
+        -np.inf if before is None else before.end_s,
+        before is not None and before.waiting,
+        PAUSE_S,
+    )
 
 
 def _held(number: pl.Series, members: Members) -> Bools:
@@ -95,8 +101,8 @@ def _held(number: pl.Series, members: Members) -> Bools:
     return occupied(first, last, 0, step.size)
 
 
-def from_records(rows: pl.DataFrame, start_s: Floats, end_s: Floats, members: Members) -> tuple[Steps, Segments]:
-    """Arrays of the steps `rows` (STEPS in order), with their times, and of the segments in them.
+def from_records(rows: pl.DataFrame, times: tuple[Floats, Floats, Floats], members: Members) -> tuple[Steps, Segments]:
+    """Arrays of the steps `rows` (STEPS in order), with their `times_of`, and of the segments in them.
 
     A segment that goes beyond these steps is cut to them.
     """
@@ -104,24 +110,11 @@ def from_records(rows: pl.DataFrame, start_s: Floats, end_s: Floats, members: Me
     segments = _segments(members, step)
     q, ones = step.astype(np.float64), np.ones(step.size)
     count, listed = sum_segments(segments, ones, q)
-    recorded = np.column_stack([rows[name].cast(pl.Float64).to_numpy() for name in WORK])
-    in_step = rows["requests"].cast(pl.Float64).fill_null(0.0).to_numpy()
-    requests = np.maximum(np.maximum(count, in_step), 1.0)
-    # Half-chunks may have been rounded per request when the table was written: that is no unlisted work.
-    rounding = np.abs(recorded - listed) <= np.maximum(count, 1.0)[:, None] * np.array([0.0, 0.0, 0.0, 1.0])
-    work = np.where(rounding, listed, np.maximum(recorded, listed))
-    return Steps(
-        start_s=start_s,
-        end_s=end_s,
-        measured_s=((rows["end_ns"] - rows["start_ns"]) / NS_PER_S).to_numpy(),
-        g=ones,
-        q=q,
-        requests=requests,
-        work=work,
-        unlisted=requests - count,
-        unlisted_work=work - listed,
-        timed=True,
-    ), segments
+    prefill, decode, context, attention, inside = (rows[name].fill_null(0).to_numpy() for name in (*WORK, "requests"))
+    requests, work, unlisted, unlisted_work = work_of(prefill, decode, context, attention, inside, count, listed)
+    start_s, end_s, measured_s = times
+    steps = Steps(start_s, end_s, measured_s, ones, q, requests, work, unlisted, unlisted_work, timed=True)
+    return steps, segments
 
 
 def no_steps() -> tuple[Steps, Segments]:

@@ -1,11 +1,13 @@
-"""Rows of a table in order of one of its columns, in bounded memory, however the file orders them.
+"""Rows of a table in order of one of its columns, part by part, in bounded memory, however the file orders them.
 
 A file that is nearly in order, as everything that is written while it happens, is read a row group at a time: a group
 is read when the least value in it (the file's own statistics) is asked for. Only a file in no order at all ends up in
 memory as a whole.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import polars as pl
 
@@ -13,51 +15,103 @@ from replay.rundir import RowGroup, Run, read_group, row_groups
 
 UNKNOWN = -(2**63)  # the least value of a row group that does not tell it
 
+Part = tuple[Any, ...]  # the values of the columns that a table is parted by
+Rows = dict[Part, pl.DataFrame]
+
 
 class OrderedRows:
-    """The rows of one table of a run, given out once each in ascending order of `key`."""
+    """The rows of one table of a run, given out once each, each part's in ascending order of `key`."""
 
-    def __init__(self, run: Run, table: str, key: str, columns: Sequence[str]) -> None:
-        """Raises `RunError` where the table is missing or damaged."""
+    def __init__(
+        self,
+        run: Run,
+        table: str,
+        key: str,
+        columns: Sequence[str],
+        by: Sequence[str],
+        shifts: Mapping[Part, int],
+    ) -> None:
+        """`by`: the columns that tell the table's parts; `shifts`: by how much `key` is ahead in each that is wanted.
+
+        Raises `RunError` where the table is missing or damaged.
+        """
         groups = row_groups(run.path, table, key)
         self._groups = sorted(groups, key=lambda group: UNKNOWN if group.low is None else group.low)
-        self._table, self._key, self._columns = table, key, list(columns)
-        self._next = 0
-        self._rest: pl.DataFrame | None = None
+        self._table, self._key, self._columns, self._by = table, key, list(columns), list(by)
+        self._shifts, self._next = shifts, 0
+        self._kept: dict[Part, list[pl.DataFrame]] = {part: [] for part in shifts}
 
-    def until(self, value: int | None) -> pl.DataFrame | None:
-        """The rows with `key` below `value` that were not given out before; None: all that are left.
+    def until(self, value: int | None) -> Rows:
+        """The rows with `key`, less their part's shift, below `value` that were not given out before; None: the rest.
 
-        Rows of equal key stay in the order written; None when nothing was ever read. Raises `RunError` where rows are
-        damaged.
+        Rows of equal key stay in the order written; parts of which nothing was ever read are left out. Raises
+        `RunError` where rows are damaged.
         """
-        frames = [] if self._rest is None else [self._rest]
         while self._next < len(self._groups):
             group = self._groups[self._next]
-            if value is not None and group.low is not None and group.low >= value:
+            if value is not None and group.low is not None and group.low >= value + max(self._shifts.values()):
                 break
-            frames.append(read_group(group, self._table, self._columns))
             self._next += 1
-        if not frames:
-            return None
-        rows = frames[0] if len(frames) == 1 else pl.concat(frames, how="diagonal_relaxed")
-        rows = _in_order(rows, self._key)
-        here = rows.height if value is None else int(rows[self._key].search_sorted(value, side="left"))
-        self._rest = rows[here:]
-        return rows[:here]
+            for part, rows in parted(read_group(group, self._table, self._columns), self._by).items():
+                if part in self._kept:
+                    self._kept[part].append(rows)
+        ready = {}
+        for part, kept in self._kept.items():
+            if not kept:
+                continue
+            rows = _in_order(_joined(kept), self._key)
+            bound = None if value is None else value + self._shifts[part]
+            here = rows.height if bound is None else int(rows[self._key].search_sorted(bound, side="left"))
+            self._kept[part] = [rows[here:]]
+            ready[part] = rows[:here]
+        return ready
+
+
+def read_ahead(groups: Sequence[RowGroup], table: str, columns: Sequence[str]) -> Iterator[pl.DataFrame]:
+    """The rows of one of `groups` after the other; the next is read while one is worked on."""
+    with ThreadPoolExecutor(1) as reader:
+        ahead = [reader.submit(read_group, group, table, columns) for group in groups[:1]]
+        for i in range(len(groups)):
+            rows = ahead.pop().result()
+            ahead = [reader.submit(read_group, group, table, columns) for group in groups[i + 1 : i + 2]]
+            yield rows
+
+
+def parted(rows: pl.DataFrame, by: Sequence[str]) -> Rows:
+    """`rows` by the values of `by`, in the order that they have."""
+    if rows.height and all(not rows[name].null_count() and (rows[name] == rows[name][0]).all() for name in by):
+        return {tuple(rows[name][0] for name in by): rows}
+    return rows.partition_by(by, as_dict=True)
 
 
 def rows_between(
-    groups: Sequence[RowGroup], table: str, key: str, columns: Sequence[str], bounds: tuple[int, int]
-) -> pl.DataFrame | None:
-    """The rows of `groups` with `key` in `[low, high)`, in ascending order; None where no group may hold any."""
-    low, high = bounds
-    frames = [
-        read_group(group, table, columns).filter(pl.col(key).is_between(low, high, closed="left"))
-        for group in groups
-        if (group.low is None or group.low < high) and (group.high is None or group.high >= low)
-    ]
-    return _in_order(pl.concat(frames, how="diagonal_relaxed"), key) if frames else None
+    groups: Sequence[RowGroup],
+    table: str,
+    key: str,
+    columns: Sequence[str],
+    by: Sequence[str],
+    bounds: Mapping[Part, tuple[int, int]],
+) -> Rows:
+    """The rows of `groups` with `key` in their part's bounds, `[low, high)`, in ascending order."""
+    low, high = min(low for low, _ in bounds.values()), max(high for _, high in bounds.values())
+    found: dict[Part, list[pl.DataFrame]] = {}
+    touched = [g for g in groups if (g.low is None or g.low < high) and (g.high is None or g.high >= low)]
+    for several in read_ahead(touched, table, columns):
+        for part, rows in parted(several, by).items():
+            if part in bounds:
+                found.setdefault(part, []).append(rows)
+    ready = {}
+    for part, frames in found.items():
+        rows = _in_order(_joined(frames), key)
+        low, high = (int(rows[key].search_sorted(bound, side="left")) for bound in bounds[part])
+        ready[part] = rows[low:high]
+    return ready
+
+
+def _joined(frames: Iterable[pl.DataFrame]) -> pl.DataFrame:
+    """Row groups of one table; files may differ in optional columns."""
+    several = list(frames)
+    return several[0] if len(several) == 1 else pl.concat(several, how="diagonal_relaxed")
 
 
 def _in_order(rows: pl.DataFrame, key: str) -> pl.DataFrame:

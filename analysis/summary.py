@@ -10,7 +10,7 @@ from analysis.counter import UNREAD
 from analysis.fit import Quality
 from analysis.idle import Idle
 from analysis.latency import answered
-from analysis.load import CpuData, Floats, RunData, names
+from analysis.load import CpuData, RunData, names
 from analysis.regimes import Regime
 from analysis.timeline import EDGE_S, Curve, Estimate, GpuTimeline
 from tracegen.console import format_si
@@ -24,14 +24,10 @@ RECORDS, CLIENT = "step records", "client timestamps"
 
 @dataclass(frozen=True)
 class InstanceEnergy:
-    """One instance accounted for; arrays by row of the run's requests, NaN where nothing is known of a request."""
+    """One instance accounted for."""
 
     instance: int | None
     membership: str | None
-    prefill_j: Floats
-    decode_j: Floats
-    shared_j: Floats
-    variance: Floats  # of the request's energy, J²
     measured_j: float
     idle_j: float
     other_j: float

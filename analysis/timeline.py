@@ -71,6 +71,7 @@ class Estimate:
     r2: float  # of the readings, explained by the work in their windows
     better_rel: float  # of the squared residuals, which window and lag take away from plain readings
     readings: int
+    told_worse_rel: float | None = None  # how much more of the squared residuals the manifest's window and lag leave
 
 
 @dataclass(frozen=True)

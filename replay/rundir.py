@@ -187,11 +187,11 @@ class PartWriter:
         self._prefix = prefix
         self._count = 0
 
-    def append(self, frame: pl.DataFrame) -> None:
-        """Write `frame` (with all the table's columns) as the next part; an empty frame writes nothing."""
+    def append(self, frame: pl.DataFrame, number: int | None = None) -> None:
+        """Write `frame` (with all the table's columns) as the next part, or as part `number`; an empty one writes nothing."""
         if frame.is_empty():
             return
-        path = self._folder / f"{self._prefix}-{self._count:06d}.parquet"
+        path = self._folder / f"{self._prefix}-{self._count if number is None else number:06d}.parquet"
         checked = check_table(frame.lazy(), self._table, path).collect()
         write_parquet(checked.to_arrow(compat_level=pl.CompatLevel.oldest()), path)
         self._count += 1

@@ -280,3 +280,28 @@ def test_idle_power_above_what_the_run_drew_is_serious(run_of, rewrite):
     gpus = [{**g, "idle_power_w": watts, "idle_power_after_w": watts} for g in run.manifest["gpus"]]
     check = check_run(rewrite(run, {"gpus": gpus}))
     assert "idle_baseline" in {doubt.name for doubt in check.serious}
+
+
+def told(run, rewrite, **sensor):
+    """`run` with a manifest that tells something else of the power sensor; None: nothing."""
+    instant = {"period_ns": 10**8, "window_ns": 25 * 10**6, "lag_ns": 0} | sensor
+    sensors = {"instant": {key: value for key, value in instant.items() if value is not None}}
+    return rewrite(run, {"gpus": [{**gpu, "sensors": sensors} for gpu in run.manifest["gpus"]]})
+
+
+def test_a_sensor_that_is_not_as_the_manifest_tells_counts_what_it_puts_on_other_bills(run_of, rewrite):
+    right = run_of()
+    assert doubt(right, "sensor_windows").status == "ok"
+    known_j = ensure_energy(right).requests["energy_j"]
+    wrong = told(run_of("wrong"), rewrite, window_ns=10**9)
+    found = doubt(wrong, "sensor_windows")
+    assert found.status == "doubt"
+    assert "gpu 0 on node: the manifest gives the instant sensor a window 1000 ms where the run shows 2" in found.why
+    off_j = float((ensure_energy(wrong).requests["energy_j"] - known_j).abs().sum()) / 2
+    assert found.joules == pytest.approx(off_j, rel=0.5)
+
+
+def test_a_sensor_of_which_nothing_is_told_is_not_compared(run_of, rewrite):
+    found = doubt(told(run_of(**SMALL), rewrite, window_ns=None), "sensor_windows")
+    assert found.status == "unknown"
+    assert "tells no sensor's window" in found.why

@@ -6,6 +6,7 @@ import polars as pl
 import pytest
 
 from analysis.energy import attribute
+from analysis.gaps import chunk_batches
 from analysis.load import open_run
 from replay.rundir import Run, write_manifest
 from tracegen.errors import AnalysisError, RunError, WattraceError
@@ -15,6 +16,12 @@ def one_line(error: WattraceError) -> str:
     text = str(error)
     assert "\n" not in text
     return text
+
+
+def cell(column: str, row: int, value: object) -> pl.Expr:
+    """`column` with `value` in one row, from the end where that is negative."""
+    here = pl.int_range(pl.len()) == (row if row >= 0 else pl.len() + row)
+    return pl.when(here).then(pl.lit(value)).otherwise(pl.col(column)).alias(column)
 
 
 def test_no_power_samples(run_of, rewrite):
@@ -66,6 +73,31 @@ def test_a_missing_column_is_named_with_its_file(run_of, rewrite, table, column)
         ("steps", {"step": pl.col("step").reverse()}, "step 1: start_ns is before that of step 0"),
         ("segments", {"instance": pl.lit(None, pl.UInt16)}, "'instance' has a null in row 0"),
         ("segments", {"instance": pl.lit(7, pl.UInt16)}, "row 0, column 'instance': 7 is none of manifest.json's"),
+        ("requests", {"done_ns": pl.col("last_token_ns") - 1}, "row 0, column 'done_ns': is before last_token_ns (req"),
+        (
+            "requests",
+            {"status": cell("status", 9, "fine")},
+            "row 9, column 'status': 'fine' is none of ok, http_error,",
+        ),
+        ("steps", {"instance": cell("instance", 5, None)}, "column 'instance' has a null in row 5"),
+        ("steps", {"step": pl.lit(None, pl.UInt64)}, "column 'step' has a null in row 0"),
+        (
+            "steps",
+            {"end_ns": pl.col("end_ns") + 2 * 10**9},
+            "start_ns is more than 1 s before the end of the step before",
+        ),
+        ("steps", {"end_ns": cell("end_ns", -1, 2**62)}, "end_ns is more than an hour after start_ns"),
+        (
+            "steps",
+            {"decode_tokens": cell("decode_tokens", 4, 2**25)},
+            "step 4: column 'decode_tokens' is 33554432, more ",
+        ),
+        ("segments", {"tokens_per_step": cell("tokens_per_step", 6, 0)}, "row 6, column 'tokens_per_step' is 0"),
+        (
+            "segments",
+            {"context_start": cell("context_start", 6, 2**31)},
+            "row 6, column 'context_start': 2147483648 is m",
+        ),
         ("power", {"gpu": pl.lit(None, pl.UInt16)}, "'gpu' has a null in row 0"),
         ("power", {"gpu": pl.lit(5, pl.UInt16)}, "has no readings of gpu 0 on node, which manifest.json gives to"),
         ("power", {"t_ns": pl.col("t_ns") + 10**15}, "has no readings within the window"),
@@ -110,11 +142,36 @@ def test_a_wrong_table_is_named_with_what_is_wrong(run_of, rewrite, table, chang
             {"instances": [{"instance": 0, "gpus": [0, 1]}, {"instance": 1, "gpus": [1]}]},
             "key 'instances[1].gpus[0]' is 1, which is given out already",
         ),
-        ({"instances": [{"instance": 0, "gpus": [-1]}]}, "key 'instances[0].gpus[0]' is -1, not an NVML index"),
+        (
+            {"instances": [{"instance": 0, "gpus": [-1]}]},
+            "key 'instances[0].gpus[0]' is -1, not an NVML index from 0 to 65,535",
+        ),
         ({"instances": [{"instance": 0, "recorder": {"missing": "x"}}]}, "key 'instances[0].recorder.missing' is 'x'"),
         (
             {"gpus": [{"gpu": 0, "idle_power_w": {"counter": -5}}]},
-            "key 'gpus[0].idle_power_w.counter' is -5; it cannot",
+            "key 'gpus[0].idle_power_w.counter' is -5, not watts of one GPU",
+        ),
+        (
+            {"gpus": [{"gpu": 0, "idle_power_after_w": {"instant": 95_000}}]},
+            "key 'gpus[0].idle_power_after_w.instant' is 95,000, not watts of one GPU from 0 to 10,000",
+        ),
+        (
+            {"gpus": [{"gpu": 0, "idle_power_w": {"counter": float("nan")}}]},
+            "key 'gpus[0].idle_power_w.counter' is 'nan', not a number",
+        ),
+        ({"gpus": [{"host": "node"}]}, "key 'gpus[0]' has no key 'gpu', so no readings belong to it"),
+        ({"gpus": [{"gpu": 1}, {"gpu": 0}, {"gpu": 1}]}, "key 'gpus[2]' is about gpu 1, as is 'gpus[0]'; keep one"),
+        ({"instances": [{"instance": 0, "freq_mhz": 0}]}, "key 'instances[0].freq_mhz' is 0, not a GPU's clock in MHz"),
+        ({"instances": [{"instance": 0, "freq_mhz": 1_980_000}]}, "'instances[0].freq_mhz' is 1,980,000, not a GPU's"),
+        ({"instances": [{"instance": 0, "tp": 0}]}, "key 'instances[0].tp' is 0, not a number of GPUs from 1"),
+        (
+            {"hosts": [{"host": "a", "offset_error_ns": -3}]},
+            "key 'hosts[0].offset_error_ns' is -3, not a stretch of ns",
+        ),
+        ({"hosts": [{"host": "a"}, {"host": "a"}]}, "key 'hosts[1]' is about host a, as is 'hosts[0]'; keep one"),
+        (
+            {"measure_start_ns": 10**400},
+            "key 'measure_start_ns' is 10,000,000,000,",
         ),
         ({"clock_anchors": "noon"}, "key 'clock_anchors' is 'noon', not a list"),
         ({"verdicts": ["bad"]}, "key 'verdicts[0]' is 'bad', not an object"),
@@ -136,6 +193,53 @@ def test_the_manifest_is_checked_where_a_run_is_opened(run_of):
     (run.path / "manifest.json").write_text(json.dumps({**run.manifest, "instances": ["a"]}))
     with pytest.raises(RunError, match=r"key 'instances\[0\]'"):
         open_run(run.path)
+
+
+def test_no_request_has_more_tokens_than_its_model_takes_but_others_may_be_summed_up(run_of, rewrite):
+    run = run_of()
+    instances = [{**run.manifest["instances"][0], "max_model_len": 300}]
+    with pytest.raises(
+        RunError, match=r"segments\.parquet: row \d+, column 'tokens_per_step': \d+ is more than the 300 of"
+    ):
+        attribute(rewrite(run, {"instances": instances}))
+    segments = run.scan("segments").with_columns(
+        pl.when((pl.col("tokens_per_step") <= 300) & (pl.col("context_start") <= 300)).then("request_id")
+    )
+    assert attribute(rewrite(run, segments=segments.collect())).summary["other_j"] > 0
+
+
+def test_steps_that_were_lost_at_the_beginning_are_said(run_of, rewrite):
+    run = run_of()
+    early = run.scan("segments").collect()["first_step"] < 20
+    notes = attribute(rewrite(run, steps=run.scan("steps").collect()[20:])).summary["notes"]
+    assert f"{early.sum()} segments begin before the first engine step recorded and were cut there" in notes
+
+
+@pytest.mark.parametrize(
+    ("chunks", "words"),
+    [
+        ({"chunk_tokens": [[1, 1], [1]]}, "column 'chunk_tokens' has 1 values, chunk_ns 2 (request 101)"),
+        ({"chunk_ns": [[5, 7], [9, 8]]}, "column 'chunk_ns' goes back in time (request 101)"),
+    ],
+)
+def test_times_of_chunks_that_cannot_be_are_named_with_their_request(run_of, rewrite, chunks, words):
+    run = run_of()
+    columns = {"chunk_ns": [[5, 7], [8, 9]], "chunk_tokens": [[1, 1], [1, 1]]}
+    told = {name: pl.Series(name, values) for name, values in (columns | chunks).items()}
+    requests = run.scan("requests").collect()[:2].with_columns(**told)
+    with pytest.raises(RunError) as error:
+        list(chunk_batches(rewrite(run, requests=requests)))
+    assert words in one_line(error.value)
+    assert "requests.parquet" in str(error.value)
+
+
+def test_what_was_never_reached_and_columns_of_others_are_no_error(run_of, rewrite):
+    run = run_of()
+    never = [pl.lit(None, pl.Int64).alias(n) for n in ("headers_ns", "first_token_ns", "last_token_ns", "done_ns")]
+    requests = run.scan("requests").with_columns(*never, status=pl.lit("timeout"), mine=pl.lit("x")).collect()
+    steps = run.scan("steps").with_columns(pl.lit(None, pl.UInt32).alias("waiting"), mine=pl.lit(1)).collect()
+    known_j = attribute(run).requests["energy_j"].sum()
+    assert attribute(rewrite(run, requests=requests, steps=steps)).requests["energy_j"].sum() == pytest.approx(known_j)
 
 
 def test_a_segment_beyond_the_steps_is_an_error_of_a_complete_run_and_a_remark_on_a_partial_one(run_of, rewrite):
@@ -166,7 +270,7 @@ def test_a_request_twice_in_one_step_is_named_with_its_row(run_of, rewrite):
 def test_holes_in_the_readings_are_said_once_for_all_gpus(run_of, rewrite):
     run = run_of()
     start = run.manifest["measure_start_ns"]
-    outside = ~pl.col("t_ns").is_between(start + 12_000_000_000, start + 15_000_000_000)
+    outside = ~pl.col("t_ns").is_between(start + 12_000_000_000, start + 14_960_000_000)
     notes = attribute(rewrite(run, power=run.scan("power").filter(outside).collect())).summary["notes"]
     said = "no power reading for 3.0 s at 12 s, among 1 holes of more than 0.5 s"
     assert [note for note in notes if "holes" in note] == [f"gpu 0 on node, gpu 1 on node: {said}"]

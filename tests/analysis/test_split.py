@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from analysis.blocks import balance, cut_blocks, expect
 from analysis.pricing import Parts
-from analysis.split import COLUMNS, METHODS, scale_parts, share
+from analysis.split import COLUMNS, METHODS, share
 from analysis.steps import DECODE, PREFILL, Segments, Steps, sum_segments, take
 
 
@@ -89,7 +89,7 @@ def test_requests_and_idle_and_others_add_up_to_what_was_measured(layout, method
     measured_j = gain * (blocks.sums(parts.total) + 50 * np.diff(blocks.cuts_s))
     expected = expect(blocks, steps, parts.total, lambda t_s: np.full_like(t_s, 50.0))
     settled = balance(blocks, expected, parts.total, measured_j, 1.0, 0.01)
-    shares = share(METHODS[method](scale_parts(parts, settled.step_j), steps), steps, segments, blocks)
+    shares = share(METHODS[method](parts, steps), steps, segments, blocks, settled.step_j)
     total_j = shares.energy_j.sum() + shares.unlisted_j + settled.idle_j.sum()
     assert total_j == pytest.approx(measured_j.sum(), rel=1e-9)
     assert settled.idle_j.min() >= 0
