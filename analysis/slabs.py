@@ -38,7 +38,7 @@ READINGS_AT_ONCE = 4_000_000
 MARGIN_S = 3.0  # of readings on either side of a slab: what is made of them reaches no further
 CLOCK_STEP_MHZ = 30  # within which a clock is the same: two steps of its grid
 SAMPLES = 6  # stretches that a long run's model is fitted on,
-SAMPLED_STEPS = 240_000  # with so many steps in all
+SAMPLED_STEPS = 120_000  # with so many steps in all
 SHORTEST_SAMPLE_S = 200.0  # several blocks
 STEP_COLUMNS = (
     "instance", "step", "start_ns", "end_ns", "prefill_tokens", "decode_tokens", "context_tokens", "prefill_attention",
