@@ -46,6 +46,7 @@ class Quality:
     power_rel_rms: float | None  # of sensor windows, noise included
     steps: int
     windows: int
+    independent: float  # windows that would tell as much and do not overlap
 
 
 def fit_model(
@@ -71,6 +72,7 @@ def fit_model(
         power_rel_rms=power_rms,
         steps=len(steps),
         windows=count,
+        independent=min(sum(_apart(window) for window, _ in windows), float(count)),
     )
 
 
@@ -97,7 +99,9 @@ def main_fit(fits: Sequence[tuple[Model, Quality]]) -> tuple[Model, Quality]:
     if len(fits) == 1:
         return fits[0]
     model, most = max(fits, key=lambda fit: fit[1].steps)
-    steps, windows = (sum(getattr(quality, name) for _, quality in fits) for name in ("steps", "windows"))
+    steps, windows, independent = (
+        sum(getattr(quality, name) for _, quality in fits) for name in ("steps", "windows", "independent")
+    )
 
     def together(name: str, count: str) -> float | None:
         known = [(getattr(q, name), getattr(q, count)) for _, q in fits if getattr(q, name) is not None]
@@ -110,6 +114,7 @@ def main_fit(fits: Sequence[tuple[Model, Quality]]) -> tuple[Model, Quality]:
         power_rel_rms=together("power_rel_rms", "windows"),
         steps=steps,
         windows=windows,
+        independent=independent,
     )
 
 
@@ -219,6 +224,13 @@ def _window_rows(
     matrix, target, level, ends_s = (np.concatenate(part) for part in zip(*blocks, strict=True))
     busy = matrix.any(axis=1)
     return matrix[busy], target[busy], level[busy], ends_s[busy]
+
+
+def _apart(window: Windows) -> float:
+    """How many windows of the same length cover the same time without overlap."""
+    span_s = window.end_s - window.start_s
+    new_s = np.minimum(span_s, np.diff(window.end_s, prepend=-np.inf))
+    return float(np.sum(new_s / np.maximum(span_s, TINY)))
 
 
 def _integrate(features: Floats, steps: Steps) -> tuple[Floats, Floats]:

@@ -13,6 +13,7 @@ from analysis.kernels import add_by_request
 from analysis.load import Floats, InstanceData, RunData
 from analysis.meters import Meters
 from analysis.model import TINY
+from analysis.regimes import regime_of
 from analysis.split import DEFAULT_METHOD, MARGINAL, METHODS, Shares, share, share_marginal
 from analysis.steps import PREFILL, Bools, Ints
 from analysis.summary import CLIENT, RECORDS, InstanceEnergy
@@ -139,10 +140,12 @@ class Tally:
         time_s = np.maximum(sums["time"], 1e-3)
         if quality is None:
             return np.asarray((energy_j - sums["other_answer"]) ** 2)
-        duration_rel = quality.duration_rel_rms or 0.0
+        duration_rel, power_rel = quality.duration_rel_rms or 0.0, quality.power_rel_rms or 0.0
         if self._instance.recorded and self._fitted.rivals and self._method == DEFAULT_METHOD:
-            return shapley_variance(energy_j, sums["other_answer"], sums["equal"], duration_rel, clock_s / time_s)
-        noise = duration_rel**2 + (quality.power_rel_rms or 0.0) ** 2
+            mean_rel = power_rel / np.sqrt(max(quality.independent, 1.0))
+            other = sums["other_answer"], sums["equal"]
+            return shapley_variance(energy_j, *other, duration_rel, mean_rel, clock_s / time_s)
+        noise = duration_rel**2 + power_rel**2
         dating_s2 = self._fitted.poll_s**2 / 12 + clock_s**2
         own = self._fitted.misfit_rel**2 + noise / np.maximum(sums["steps"], 1) + dating_s2 / time_s**2
         return np.asarray(energy_j**2 * own + (energy_j - sums["other_answer"]) ** 2)
@@ -152,10 +155,16 @@ def _shares(account: Account, method: str, *, rival: bool = False) -> Shares:
     """What each segment pays, by `method` and the instance's model or its rival."""
     steps, step_j, fitted = account.steps, account.balance.step_j, account.fitted
     alone = rival and account.rival is not None
-    model, parts = (fitted.rival if alone else fitted.model), (account.rival if alone else account.parts)
+    fits, parts = (fitted.rivals if alone else fitted.fits), (account.rival if alone else account.parts)
     assert parts is not None
-    if method == MARGINAL and model is not None:
-        return share_marginal(model, steps, account.segments, account.idle_w, step_j)
+    if method == MARGINAL and fits:
+        regime = regime_of(steps.end_s, fitted.changes_s)
+        by_regime = [
+            share_marginal(fit, steps, account.segments, account.idle_w, np.where(regime == r, step_j, 0.0))
+            for r, fit in enumerate(fits)
+        ]
+        summed = {name: np.sum([getattr(s, name) for s in by_regime], axis=0) for name in ("energy_j", "unlisted_j")}
+        return replace(by_regime[0], energy_j=summed["energy_j"], unlisted_j=float(summed["unlisted_j"]))
     priced = METHODS.get(method, METHODS[DEFAULT_METHOD])(parts, steps)
     return share(priced, steps, account.segments, account.blocks, step_j)
 
