@@ -16,7 +16,7 @@ from analysis.idle import Idle, idle_power
 from analysis.load import Floats, GpuData, InstanceData, RunData
 from analysis.members import Members, RowOf, read_members
 from analysis.model import Model
-from analysis.pricing import Parts, chunks_of, price_steps, scale
+from analysis.pricing import Parts, chunks_of, price_steps
 from analysis.regimes import Regime, regime_changes, regime_of, regimes_of, with_enough
 from analysis.sensors import with_estimated
 from analysis.slabs import RunSlabs, Slab, read_clock
@@ -195,8 +195,14 @@ def _priced(data: RunData, slab: Slab, fitted: Fitted, fits: Sequence[Model]) ->
         return parts, idle_w
     inside_s = np.clip(steps.end_s, 0, data.duration_s) - np.clip(steps.start_s, 0, data.duration_s)
     span_s = steps.end_s - steps.start_s
-    part = np.divide(inside_s, span_s, out=np.zeros_like(span_s), where=span_s > 0)
-    return scale(parts, part), idle_w
+    cut = np.flatnonzero(inside_s < span_s)
+    part = inside_s[cut] / span_s[cut]
+    parts.total[cut] *= part  # in place: these arrays are new
+    parts.shared[cut] *= part
+    parts.price[cut] *= part[:, None]
+    if parts.square is not None:
+        parts.square[cut] *= part
+    return parts, idle_w
 
 
 def _by_regime(priced: list[Parts], steps: Steps, changes: Floats) -> Parts:

@@ -245,5 +245,11 @@ def _integrate(features: Floats, steps: Steps) -> tuple[Floats, Floats]:
 
 def _means(edges_s: Floats, integral: Floats, start_s: Floats, end_s: Floats) -> Floats:
     """Mean features over each window."""
-    columns = [np.interp(end_s, edges_s, column) - np.interp(start_s, edges_s, column) for column in integral.T]
-    return np.stack(columns, axis=1) / np.maximum(end_s - start_s, TINY)[:, None]
+
+    def until(t_s: Floats) -> Floats:
+        k = np.clip(np.searchsorted(edges_s, t_s, side="right"), 1, edges_s.size - 1)
+        part = (t_s - edges_s[k - 1]) / np.maximum(edges_s[k] - edges_s[k - 1], TINY)
+        before = integral[k - 1]
+        return np.asarray(before + np.clip(part, 0.0, 1.0)[:, None] * (integral[k] - before))
+
+    return np.asarray((until(end_s) - until(start_s)) / np.maximum(end_s - start_s, TINY)[:, None])

@@ -39,7 +39,8 @@ class Idle:
         """Idle power at `t_s`, W."""
         if self.changes_s:
             return np.asarray(np.array(self.levels_w)[np.searchsorted(self.changes_s, t_s, side="right")])
-        return np.interp(t_s, [0.0, duration_s], [self.before_w, self.after_w])
+        passed = np.clip(t_s / duration_s, 0.0, 1.0)
+        return np.asarray(self.before_w + (self.after_w - self.before_w) * passed)
 
 
 def idle_power(
