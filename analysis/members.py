@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -116,7 +117,7 @@ def read_members(run: Run, row_of: RowOf) -> tuple[dict[int, Members], list[str]
 def _checked(run: Run, groups: list[RowGroup], base: int) -> Iterator[pl.DataFrame]:
     """The row groups of the table, each row possible by itself."""
     before = 0
-    for rows in read_ahead(groups, "segments", COLUMNS):
+    for rows in read_ahead(groups, partial(read_group, table="segments", columns=COLUMNS)):
         check_members(run, rows, before, base + MOST_STEPS)
         before += rows.height
         yield rows

@@ -29,7 +29,7 @@ from analysis.steps import (
     steps_at,
     times_of,
 )
-from analysis.streams import OrderedRows, Part, Rows, parted, rows_between
+from analysis.streams import OrderedRows, Part, Reader, Rows, parted, rows_between
 from replay.rundir import POWER, read_group, row_groups
 from tracegen.errors import RunError
 
@@ -128,7 +128,7 @@ class _Recorded:
         number = rows["step"]
         edges_ns = rows["start_ns"].to_numpy(), rows["end_ns"].to_numpy()
         bounds = MOST_STEP, BACKWARDS_NS, LONGEST_NS, OVERLAP_NS
-        much = any(rows[name].max() > most for name, most in MOST_IN_STEP.items())  # type: ignore[operator]  # numbers
+        much = any((rows[name].max() or 0) > most for name, most in MOST_IN_STEP.items())  # type: ignore[operator]
         if much or not in_order(number.to_numpy(), *edges_ns, self._last_step, *bounds):
             check_steps(self._run, rows)
         if number[0] <= self._last_step:
@@ -177,10 +177,9 @@ class Readings:
         self._gpus = _gpus_by_part(data)
         self._kept: dict[tuple[str, int], pl.DataFrame] = {}
 
-    def ahead(self) -> OrderedRows:
-        """The rows that come, to be given to `add`; they may be read beside everything else."""
-        shifts = {part: self._data.offsets_ns.get(gpu[0], 0) for part, gpu in self._gpus.items()}
-        return OrderedRows(self._data.run, "power", "t_ns", POWER_COLUMNS, OF_GPU, shifts)
+    def shifts(self) -> dict[Part, int]:
+        """Whose rows are wanted, and their clocks minus the replayer's, ns."""
+        return {part: self._data.offsets_ns.get(gpu[0], 0) for part, gpu in self._gpus.items()}
 
     def add(self, rows: Rows) -> None:
         """Put `rows` to what is kept."""
@@ -256,6 +255,7 @@ class RunSlabs:
         self._shifts: dict[Part, int] = {(i.instance,): i.offset_ns for i in data.instances if i.recorded}
         self._steps = row_groups(data.run.path, "steps", "end_ns") if self._shifts else []
         self._power = row_groups(data.run.path, "power", "t_ns")
+        self._read_steps, self._read_power = Reader("steps", STEP_COLUMNS), Reader("power", POWER_COLUMNS)
         self._clients = {
             i.instance: from_client(data, i) for i in data.instances if i.instance is not None and not i.recorded
         }
@@ -275,14 +275,13 @@ class RunSlabs:
         data = self._data
         edges_s: list[float | None] = [*np.linspace(0.0, data.duration_s, self.count + 1)[1:-1].tolist(), None]
         sources = [self._source(instance, 0.0) for instance in data.instances]
-        steps = self._steps and OrderedRows(data.run, "steps", "end_ns", STEP_COLUMNS, OF_ENGINE, self._shifts)
+        steps = OrderedRows(self._steps, self._read_steps.last, "end_ns", OF_ENGINE, self._shifts)
         readings = Readings(data)
-        polls = readings.ahead()
+        polls = OrderedRows(self._power, self._read_power.last, "t_ns", OF_GPU, readings.shifts())
 
         def read(until_s: float | None) -> tuple[Rows, Rows]:
             bound = None if until_s is None else _time_ns(data, until_s, 0)
-            rows = steps.until(bound) if steps else {}
-            return rows, polls.until(None if until_s is None else _time_ns(data, until_s + MARGIN_S, 0))
+            return steps.until(bound), polls.until(None if until_s is None else _time_ns(data, until_s + MARGIN_S, 0))
 
         with ThreadPoolExecutor(1) as reader:
             ahead = reader.submit(read, edges_s[0])
@@ -318,15 +317,11 @@ class RunSlabs:
         def between(low_s: float, high_s: float, shift_ns: int) -> tuple[int, int]:
             return _time_ns(data, low_s, shift_ns), _time_ns(data, high_s, shift_ns)
 
-        steps: Rows = {}
-        if self._shifts:
-            bounds = {part: between(begin_s, until_s, shift) for part, shift in self._shifts.items()}
-            steps = rows_between(self._steps, "steps", "end_ns", STEP_COLUMNS, OF_ENGINE, bounds)
-        bounds = {
-            part: between(begin_s - MARGIN_S, until_s + MARGIN_S, data.offsets_ns.get(gpu[0], 0))
-            for part, gpu in _gpus_by_part(data).items()
-        }
-        readings.add(rows_between(self._power, "power", "t_ns", POWER_COLUMNS, OF_GPU, bounds))
+        bounds = {part: between(begin_s, until_s, shift) for part, shift in self._shifts.items()}
+        steps = rows_between(self._steps, self._read_steps.first, "end_ns", OF_ENGINE, bounds)
+        reach = begin_s - MARGIN_S, until_s + MARGIN_S
+        bounds = {part: between(*reach, shift) for part, shift in readings.shifts().items()}
+        readings.add(rows_between(self._power, self._read_power.first, "t_ns", OF_GPU, bounds))
         for instance in data.instances:
             rows = steps.get((instance.instance,))
             parts = self._source(instance, begin_s).advance(rows, until_s, final=False)

@@ -5,18 +5,43 @@ is read when the least value in it (the file's own statistics) is asked for. Onl
 memory as a whole.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import polars as pl
 
-from replay.rundir import RowGroup, Run, read_group, row_groups
+from replay.rundir import RowGroup, read_group
 
+KEPT_ROWS = 4_000_000  # some hundred MB
 UNKNOWN = -(2**63)  # the least value of a row group that does not tell it
 
 Part = tuple[Any, ...]  # the values of the columns that a table is parted by
 Rows = dict[Part, pl.DataFrame]
+
+
+class Reader:
+    """Reads row groups of one table; the first ones that will be asked for again are kept until they are."""
+
+    def __init__(self, table: str, columns: Sequence[str]) -> None:
+        self._table, self._columns = table, list(columns)
+        self._kept: dict[RowGroup, pl.DataFrame] = {}
+        self._room = KEPT_ROWS
+
+    def first(self, group: RowGroup) -> pl.DataFrame:
+        """The rows of a group that `last` will be asked for. Raises `RunError` where they are damaged."""
+        rows = self._kept.get(group)
+        if rows is None:
+            rows = read_group(group, self._table, self._columns)
+            if rows.height <= self._room:
+                self._kept[group] = rows
+                self._room -= rows.height
+        return rows
+
+    def last(self, group: RowGroup) -> pl.DataFrame:
+        """The rows of a group that nobody will ask for again. Raises `RunError` where they are damaged."""
+        rows = self._kept.pop(group, None)
+        return read_group(group, self._table, self._columns) if rows is None else rows
 
 
 class OrderedRows:
@@ -24,20 +49,18 @@ class OrderedRows:
 
     def __init__(
         self,
-        run: Run,
-        table: str,
+        groups: Sequence[RowGroup],
+        read: Callable[[RowGroup], pl.DataFrame],
         key: str,
-        columns: Sequence[str],
         by: Sequence[str],
         shifts: Mapping[Part, int],
     ) -> None:
-        """`by`: the columns that tell the table's parts; `shifts`: by how much `key` is ahead in each that is wanted.
+        """`groups`: with their statistics of `key`; `by`: the columns that tell the table's parts.
 
-        Raises `RunError` where the table is missing or damaged.
+        `shifts`: by how much `key` is ahead in each part that is wanted.
         """
-        groups = row_groups(run.path, table, key)
         self._groups = sorted(groups, key=lambda group: UNKNOWN if group.low is None else group.low)
-        self._table, self._key, self._columns, self._by = table, key, list(columns), list(by)
+        self._read, self._key, self._by = read, key, list(by)
         self._shifts, self._next = shifts, 0
         self._kept: dict[Part, list[pl.DataFrame]] = {part: [] for part in shifts}
 
@@ -47,12 +70,17 @@ class OrderedRows:
         Rows of equal key stay in the order written; parts of which nothing was ever read are left out. Raises
         `RunError` where rows are damaged.
         """
+        latest = max(self._shifts.values(), default=0)
         while self._next < len(self._groups):
             group = self._groups[self._next]
-            if value is not None and group.low is not None and group.low >= value + max(self._shifts.values()):
+            if (
+                value is not None
+                and group.low is not None
+                and group.low >= value + max(self._shifts.values(), default=0)
+            ):
                 break
             self._next += 1
-            for part, rows in parted(read_group(group, self._table, self._columns), self._by).items():
+            for part, rows in parted(self._read(group), self._by).items():
                 if part in self._kept:
                     self._kept[part].append(rows)
         ready = {}
@@ -67,13 +95,13 @@ class OrderedRows:
         return ready
 
 
-def read_ahead(groups: Sequence[RowGroup], table: str, columns: Sequence[str]) -> Iterator[pl.DataFrame]:
+def read_ahead(groups: Sequence[RowGroup], read: Callable[[RowGroup], pl.DataFrame]) -> Iterator[pl.DataFrame]:
     """The rows of one of `groups` after the other; the next is read while one is worked on."""
     with ThreadPoolExecutor(1) as reader:
-        ahead = [reader.submit(read_group, group, table, columns) for group in groups[:1]]
+        ahead = [reader.submit(read, group) for group in groups[:1]]
         for i in range(len(groups)):
             rows = ahead.pop().result()
-            ahead = [reader.submit(read_group, group, table, columns) for group in groups[i + 1 : i + 2]]
+            ahead = [reader.submit(read, group) for group in groups[i + 1 : i + 2]]
             yield rows
 
 
@@ -86,17 +114,17 @@ def parted(rows: pl.DataFrame, by: Sequence[str]) -> Rows:
 
 def rows_between(
     groups: Sequence[RowGroup],
-    table: str,
+    read: Callable[[RowGroup], pl.DataFrame],
     key: str,
-    columns: Sequence[str],
     by: Sequence[str],
     bounds: Mapping[Part, tuple[int, int]],
 ) -> Rows:
     """The rows of `groups` with `key` in their part's bounds, `[low, high)`, in ascending order."""
-    low, high = min(low for low, _ in bounds.values()), max(high for _, high in bounds.values())
+    low = min((low for low, _ in bounds.values()), default=0)
+    high = max((high for _, high in bounds.values()), default=0)
     found: dict[Part, list[pl.DataFrame]] = {}
     touched = [g for g in groups if (g.low is None or g.low < high) and (g.high is None or g.high >= low)]
-    for several in read_ahead(touched, table, columns):
+    for several in read_ahead(touched, read):
         for part, rows in parted(several, by).items():
             if part in bounds:
                 found.setdefault(part, []).append(rows)

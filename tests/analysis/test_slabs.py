@@ -8,7 +8,8 @@ from analysis import slabs
 from analysis.accounts import EVERYTHING, slabs_of
 from analysis.energy import attribute, attribute_methods
 from analysis.load import load_run
-from analysis.streams import OrderedRows
+from analysis.streams import OrderedRows, Reader
+from replay.rundir import row_groups
 
 SMALL = 300  # steps in a slab
 
@@ -63,7 +64,8 @@ def test_a_model_fitted_on_a_sample_of_a_run_serves_the_whole_of_it(long_run, mo
 def test_rows_of_a_table_come_once_each_in_order_however_they_are_written(long_run, rewrite):
     steps = long_run.scan("steps").collect()
     shuffled = rewrite(long_run, steps=steps.sample(fraction=1, shuffle=True, seed=1))
-    rows = OrderedRows(shuffled, "steps", "end_ns", ["instance", "step", "end_ns"], ["instance"], {(0,): 7})
+    read = Reader("steps", ["instance", "step", "end_ns"]).last
+    rows = OrderedRows(row_groups(shuffled.path, "steps", "end_ns"), read, "end_ns", ["instance"], {(0,): 7})
     ends = steps["end_ns"].to_list()
     parts = [rows.until(value)[(0,)] for value in (ends[10] - 7, ends[10] - 7, ends[500] - 7, None)]
     assert [part.height for part in parts] == [10, 0, 490, steps.height - 500]
