@@ -73,11 +73,7 @@ class OrderedRows:
         latest = max(self._shifts.values(), default=0)
         while self._next < len(self._groups):
             group = self._groups[self._next]
-            if (
-                value is not None
-                and group.low is not None
-                and group.low >= value + max(self._shifts.values(), default=0)
-            ):
+            if value is not None and group.low is not None and group.low >= value + latest:
                 break
             self._next += 1
             for part, rows in parted(self._read(group), self._by).items():
