@@ -34,7 +34,6 @@ class Fitted:
     fits: tuple[Model, ...]  # of each regime; none where it has no steps
     rivals: tuple[Model, ...]  # the linear models, where these are not the models themselves
     model: Model | None  # of the regime with most steps
-    rival: Model | None  # the linear one of that
     changes_s: Floats  # when a regime gave way to the next
     regimes: tuple[Regime, ...]
     quality: Quality | None
@@ -118,7 +117,7 @@ def _fit(data: RunData, slabs: list[Slab]) -> Fitted:
     estimated = tuple(with_estimated(g, line, first) for g, line in zip(slabs[0].gpus, lines[0], strict=True))
     idle = tuple(_idle(data, slabs, lines, gpu, lines[0][gpu].curve.source, steps, changes) for gpu in gpus)
     polls = [float(np.median(np.diff(g.t_s))) if g.t_s.size > 1 else 0.0 for g in slabs[0].gpus]
-    unfitted = Fitted((), (), None, None, changes, (), None, 0.0, idle, max(polls), estimated)
+    unfitted = Fitted((), (), None, changes, (), None, 0.0, idle, max(polls), estimated)
     if not len(steps):
         return unfitted
     windows = []
@@ -134,7 +133,6 @@ def _fit(data: RunData, slabs: list[Slab]) -> Fitted:
         fits=tuple(fit for fit, _ in fits),
         rivals=tuple(fit for fit, _ in straight),
         model=model,
-        rival=main_fit(straight)[0] if straight else None,
         quality=quality,
         regimes=regimes_of(slabs[0].gpus, changes, data.duration_s),
     )

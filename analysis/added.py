@@ -5,6 +5,7 @@ A request's share answers "who pays for what was measured"; this answers "what w
 the meter that is there.
 """
 
+from bisect import bisect_right
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
@@ -13,7 +14,8 @@ import polars as pl
 
 from analysis.accounts import Account, accounts
 from analysis.load import Floats, RunData, load_run
-from analysis.model import TINY, pace_of
+from analysis.model import TINY, Model, pace_of
+from analysis.regimes import regime_of
 from analysis.steps import (
     CONTEXT_TOKENS,
     DECODE_TOKENS,
@@ -85,7 +87,8 @@ def predict_requests(fitted: Run, run: Run) -> pl.DataFrame:
     One row a request that was alone in each of its steps: `request_id`, `input_tokens`, `output_tokens`, `steps`,
     `seconds` from its first step to its last, `predicted_s`, `measured_j` between these by the energy curve,
     `measured_wide_j` with half a second on either side less idle power there (which a meter that lags does not miss),
-    `predicted_j` at the run's own idle power. Durations are the model's too, pauses included as in `fitted`.
+    `predicted_j` at the run's own idle power. Durations are the model's too, pauses included as in `fitted`; of a run
+    whose clock changed the model is that of the clock with most steps.
 
     Raises `AnalysisError` where either run has no step records, or their TP or clock differ.
     """
@@ -93,13 +96,12 @@ def predict_requests(fitted: Run, run: Run) -> pl.DataFrame:
     _same_settings(fitted, run)
     model_of = _with_steps(a)[0]
     assert model_of.model is not None
-    pace = _usual_pace(model_of)
+    pace = _usual_paces(model_of)[next(r for r, fit in enumerate(model_of.fitted.fits) if fit is model_of.model)]
     counted = run.scan("requests", ["request_id", "input_tokens", "output_tokens"]).collect()
     frames: list[pl.DataFrame] = []
     for account in _with_steps(b):
         steps = account.steps
-        predicted = model_of.model.predict_s(steps.work)
-        assert predicted is not None
+        predicted = _predicted_s(model_of.model, steps.work)
         energy_j = model_of.model.energy_j(steps.work, account.idle_w, np.full(len(steps), pace))
         request, first, last = _spans(account, b.requests.height)
         shared = np.concatenate([[0], np.cumsum(steps.requests > 1)])
@@ -140,13 +142,30 @@ def _same_settings(a: Run, b: Run) -> None:
             raise AnalysisError(f"{b.path}: {name} {two} differs from {one} of {a.path}; predict from a run like it")
 
 
-def _usual_pace(account: Account) -> float:
-    """Durations of the run's steps, pauses included, over the model's; warm-up not counted."""
-    assert account.model is not None
-    predicted = account.model.predict_s(account.steps.work)
+def _usual_paces(account: Account) -> list[float]:
+    """Durations of the run's steps, pauses included, over the model's, in each regime; warm-up not counted."""
+    steps, inside = account.steps, account.balance.step_j > 0
+    regime, span_s = regime_of(steps.end_s, account.fitted.changes_s), steps.end_s - steps.start_s
+    paces = []
+    for r, fit in enumerate(account.fitted.fits):
+        mine = inside & (regime == r)
+        modelled_s = float(_predicted_s(fit, steps.work[mine]).sum())
+        paces.append(float(span_s[mine].sum()) / modelled_s if modelled_s > 0 else 1.0)
+    return paces
+
+
+def _predicted_s(model: Model, work: Floats) -> Floats:
+    """Durations of steps with `work`, by the model of an instance that recorded its steps."""
+    predicted = model.predict_s(work)
     assert predicted is not None
-    span_s, inside = account.steps.end_s - account.steps.start_s, account.balance.step_j > 0
-    return float(span_s[inside].sum() / max(float(predicted[inside].sum()), TINY))
+    return predicted
+
+
+def _by_regime(account: Account, ask: Callable[[Model], Floats]) -> Floats:
+    """For each step what the model of its own regime answers, (n,)."""
+    regime = regime_of(account.steps.end_s, account.fitted.changes_s)
+    answers = np.stack([ask(fit) for fit in account.fitted.fits])
+    return np.asarray(answers[regime, np.arange(regime.size)])
 
 
 def _measured(account: Account, start_s: Floats, end_s: Floats) -> Floats:
@@ -168,22 +187,20 @@ def _spans(account: Account, requests: int) -> tuple[Ints, Ints, Ints]:
 
 def _added(data: RunData, account: Account, wanted: Ints) -> Added:
     """`added_energy` for one instance; `wanted` are rows of the run's requests."""
-    steps, segments, model, idle_w = account.steps, account.segments, account.model, account.idle_w
-    assert model is not None
+    steps, segments, idle_w = account.steps, account.segments, account.idle_w
     chosen = np.isin(segments.request, wanted)
     mine = take(segments, chosen)
     _, work = sum_segments(mine, steps.g, steps.q)
     count, _ = sum_segments(mine, np.ones(len(steps)), steps.q)
     rest = np.maximum(steps.work - work, 0.0)
     others = steps.requests - count > 0.5
-    pace = pace_of(model, steps)
-    whole_j = model.energy_j(steps.work, idle_w, pace)
-    rest_j = np.where(others, model.energy_j(rest, idle_w, pace), 0.0)
+    pace = _by_regime(account, lambda fit: pace_of(fit, steps))
+    whole_j = _by_regime(account, lambda fit: fit.energy_j(steps.work, idle_w, pace))
+    rest_j = np.where(others, _by_regime(account, lambda fit: fit.energy_j(rest, idle_w, pace)), 0.0)
     # As metered: the model's proportions, at the level of the block.
     level = np.divide(account.balance.step_j, whole_j, out=np.zeros_like(whole_j), where=whole_j > TINY)
-    before_s, after_s = model.predict_s(steps.work), model.predict_s(rest)
-    assert before_s is not None
-    assert after_s is not None
+    before_s = _by_regime(account, lambda fit: _predicted_s(fit, steps.work))
+    after_s = _by_regime(account, lambda fit: _predicted_s(fit, rest))
     inside = account.balance.step_j > 0
     freed_s = pace * inside * np.where(others, before_s - after_s, before_s)
     meter_j, played_rel = None, None
@@ -259,30 +276,31 @@ def _tasks(account: Account) -> _Tasks:
 
 
 def _play_above_idle(account: Account, tasks: _Tasks) -> float:
-    """Energy above idle, J, of `tasks` on an engine that takes the model's durations."""
-    model, pace = account.model, _usual_pace(account)
-    assert model is not None
+    """Energy above idle, J, of `tasks` on an engine that takes the durations of the models, each in its time."""
+    fits, paces, changes_s = account.fitted.fits, _usual_paces(account), account.fitted.changes_s
     budget = int(account.steps.work[:, [PREFILL_TOKENS, DECODE_TOKENS]].sum(axis=1).max())
 
-    def span_s(work: Floats) -> float:
-        predicted = model.predict_s(work[None, :])
-        assert predicted is not None
-        return pace * float(predicted[0])
+    def span_s(work: Floats, at_s: float) -> float:
+        r = bisect_right(changes_s, at_s)
+        return paces[r] * float(_predicted_s(fits[r], work[None, :])[0])
 
-    work = play(tasks, budget, span_s)
-    idle_w = np.full(work.shape[0], float(account.idle_w.mean()))
-    predicted = model.predict_s(work)
-    assert predicted is not None
-    energy_j = model.energy_j(work, idle_w, np.full(work.shape[0], pace)) - idle_w * pace * predicted
-    return float(energy_j.sum())
+    work, start_s = play(tasks, budget, span_s)
+    regime = regime_of(start_s, changes_s)
+    above_j = 0.0
+    for r, (fit, pace) in enumerate(zip(fits, paces, strict=True)):
+        mine = work[regime == r]
+        above_j += float(fit.energy_j(mine, np.zeros(len(mine)), np.full(len(mine), pace)).sum())
+    return above_j
 
 
-def play(tasks: _Tasks, budget: int, span_s: Callable[[Floats], float]) -> Floats:
-    """The steps' work (n, 4) of continuous batching: decodes first, then prompts in order of arrival up to `budget`.
+def play(tasks: _Tasks, budget: int, span_s: Callable[[Floats, float], float]) -> tuple[Floats, Floats]:
+    """The steps' work (n, 4) and start (n,) of continuous batching.
 
-    `span_s` tells how long a step lasts. There is no cap on running requests or on KV blocks.
+    Decodes come first, then prompts in order of arrival up to `budget` tokens. `span_s` tells how long a step of some
+    work lasts that starts at a time. There is no cap on running requests or on KV blocks.
     """
     steps: list[Floats] = []
+    start_s: list[float] = []
     prompt, decodes, arrival_s = tasks.prompt.copy(), tasks.decodes.copy(), tasks.arrival_s
     context = tasks.cached.copy()
     alive: list[int] = []
@@ -307,6 +325,7 @@ def play(tasks: _Tasks, budget: int, span_s: Callable[[Floats], float]) -> Float
             context[i] += tokens
             left -= tokens
         steps.append(work)
-        time_s += span_s(work)
+        start_s.append(time_s)
+        time_s += span_s(work, time_s)
         alive = [i for i in alive if prompt[i] > 0 or decodes[i] > 0]
-    return np.array(steps).reshape(-1, 4)
+    return np.array(steps).reshape(-1, 4), np.array(start_s)

@@ -34,7 +34,9 @@ def bucket_table(
     `sent_ns`: only the requests sent in `[a, b)` on the replayer's clock, as `analysis.steady` finds it.
     """
     if by not in GROUPINGS:
-        raise AnalysisError(f"cannot group by '{by}'; use {' or '.join(GROUPINGS)}")
+        raise AnalysisError(
+            f"cannot group by '{by}'; use {' or '.join(GROUPINGS)}, or 'analysis latency --by window' for time windows"
+        )
     table = request_table(run, energy, CORE)
     if sent_ns is not None:
         at_ns = pl.col("sent_ns") - worker_offset_ns(run)

@@ -102,15 +102,16 @@ def check_members(run: Run, rows: pl.DataFrame, before: int, most_step: int) -> 
         "column 'last_step': {last_step} is 2^31 steps after the first": pl.col("last_step") > most_step,
         "column 'tokens_per_step' is 0; who has no token in a step is not in it": pl.col("tokens_per_step") == 0,
     }
+    instances = [i for i in run.manifest["instances"] if i.get("max_model_len") is not None]
     for name in ("tokens_per_step", "context_start"):
         wrong[f"column '{name}': {{{name}}} is more than any model's context"] = pl.col(name) > MOST_TOKENS
-        limits = {int(i["instance"]): i.get("max_model_len") for i in run.manifest["instances"]}
-        for instance, most in limits.items():
-            if most is not None:
-                # Others' work may be summed up in one row.
-                mine = (pl.col("instance") == instance) & pl.col("request_id").is_not_null()
-                why = f"column '{name}': {{{name}}} is more than the {most} of max_model_len in {MANIFEST}"
-                wrong[f"{why}, instance {instance}"] = mine & (pl.col(name) > most)
+        for entry in instances:
+            # Others' work may be summed up in one row.
+            mine = (pl.col("instance") == int(entry["instance"])) & pl.col("request_id").is_not_null()
+            why = (
+                f"column '{name}': {{{name}}} is more than the {entry['max_model_len']} of max_model_len in {MANIFEST}"
+            )
+            wrong[f"{why}, instance {entry['instance']}"] = mine & (pl.col(name) > entry["max_model_len"])
     found = _first_wrong(rows, wrong)
     if found is not None:
         raise RunError(f"{source}: row {before + found[0]}, {found[1]}")

@@ -155,7 +155,8 @@ def buckets(
     """Requests by size bucket: latency percentiles, joules per request and token, objectives met.
 
     The first letter of a bucket is the input (S < 256, M < 1024, L up to 8192, X beyond), the second the output
-    (S < 100, M < 350, L). Percentiles are p50 / p90 / p99, from the send time.
+    (S < 100, M < 350, L). Percentiles are p50 / p90 / p99, from the send time. Time windows (--by window), other
+    objectives (--goodput) and percentiles: analysis latency.
 
     \b
     Examples:
@@ -390,3 +391,7 @@ def _cell(value: Any) -> str:
 def main() -> None:
     """Entry point of the console command."""
     run_app(app)
+
+
+if __name__ == "__main__":
+    main()

@@ -18,7 +18,15 @@ import polars as pl
 from numpy.typing import NDArray
 
 from analysis.checks import check_requests, check_segments, check_steps
-from analysis.manifest import by_host, check_manifest, gpu_entry, listed_instances, offset_ns, wanted_gpus
+from analysis.manifest import (
+    by_host,
+    check_manifest,
+    gpu_entry,
+    listed_instances,
+    offset_ns,
+    wanted_gpus,
+    worker_offsets_ns,
+)
 from analysis.polled import read_polled
 from replay.rundir import MANIFEST, Run, read_group, row_groups
 from tracegen.errors import AnalysisError, RunError
@@ -136,7 +144,7 @@ def load_run(run: Run, scope: str = "gpu") -> RunData:
     if in_segments - set(of_host):
         check_segments(run, run.scan("segments").collect(), run.scan("steps").collect())
     with ThreadPoolExecutor(1) as beside:
-        reading = beside.submit(_requests, run, hosts, served=not recorded >= set(of_host))
+        reading = beside.submit(_requests, run, served=not recorded >= set(of_host))
         polled = read_polled(run, host, offsets)
         wanted = wanted_gpus(run, polled, scope)
         requests = reading.result()
@@ -244,13 +252,12 @@ def names(gpus: Sequence[str]) -> str:
     return ", ".join(unique) if len(unique) <= MANY else f"{len(unique)} GPUs ({unique[0]} to {unique[-1]})"
 
 
-def _requests(run: Run, hosts: Mapping[str, Mapping[str, Any]], *, served: bool) -> pl.DataFrame:
+def _requests(run: Run, *, served: bool) -> pl.DataFrame:
     """Whose requests these are and their times on the replayer's clock; `served`: with the tokens counted."""
     columns = ["request_id", "instance", "status", "worker", *_TIMES, *(_SERVED if served else ())]
     frame = run.scan("requests", columns).collect()
     check_requests(run, frame)
-    workers = [w for w in run.manifest.get("workers") or [] if w.get("worker") is not None]
-    offsets = {int(w["worker"]): offset_ns(hosts, w.get("host")) for w in workers}
+    offsets = worker_offsets_ns(run)
     if any(offsets.values()):
         offset = pl.col("worker").replace_strict(offsets, default=0, return_dtype=pl.Int64)
         frame = frame.with_columns(pl.col(_TIMES) - offset)

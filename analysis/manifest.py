@@ -96,13 +96,12 @@ def _check_once(entries: Sequence[Mapping[str, Any]], key: str, what: Sequence[s
     """Raise where two of the `entries` of a list are about the same: which of them holds is not known."""
     first: dict[tuple[str, ...], int] = {}
     for i, entry in enumerate(entries):
-        about = tuple(str(entry.get(name)) for name in what)
-        before = first.setdefault(about, i)
+        if entry.get(what[-1]) is None:
+            continue
+        before = first.setdefault(tuple(str(entry.get(name)) for name in what), i)
         if before != i:
-            named = ", ".join(f"{name} {entry.get(name)}" for name in what if entry.get(name) is not None)
-            raise RunError(
-                f"{source}: key '{key}[{i}]' is about {named or 'nothing'}, as is '{key}[{before}]'; keep one"
-            )
+            named = ", ".join(f"{name} {entry[name]}" for name in what if entry.get(name) is not None)
+            raise RunError(f"{source}: key '{key}[{i}]' is about {named}, as is '{key}[{before}]'; keep one")
 
 
 def _check_owners(instances: Sequence[Mapping[str, Any]], source: str) -> None:
@@ -161,6 +160,13 @@ def by_host(run: Run) -> dict[str, dict[str, Any]]:
 def offset_ns(hosts: Mapping[str, Mapping[str, Any]], host: Any) -> int:
     """Clock of `host` minus the replayer's."""
     return int(hosts.get(str(host), {}).get("offset_ns") or 0)
+
+
+def worker_offsets_ns(run: Run) -> dict[int, int]:
+    """By load worker the clock of its host minus the replayer's: what is to be taken off its times."""
+    hosts = by_host(run)
+    workers = [w for w in run.manifest.get("workers") or [] if w.get("worker") is not None]
+    return {int(w["worker"]): offset_ns(hosts, w.get("host")) for w in workers}
 
 
 def listed_instances(run: Run) -> list[dict[str, Any]]:

@@ -101,7 +101,7 @@ def _readings(gpu: GpuData) -> tuple[Floats, Floats]:
         return np.zeros(0), np.zeros(0)
     working = gpu.sm_clock_mhz > 0  # False where it was not read
     if gpu.throttle_reasons.size:
-        working &= (np.nan_to_num(gpu.throttle_reasons).astype(np.int64) & _IDLE_BIT) == 0
+        working &= np.nan_to_num(gpu.throttle_reasons) % 2 != _IDLE_BIT  # no cast: bit 63, unknown, fits no int64
     return gpu.t_s[working], gpu.sm_clock_mhz[working]
 
 

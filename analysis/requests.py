@@ -7,6 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from analysis.latency import latency_exprs
+from analysis.manifest import worker_offsets_ns
 from replay.rundir import Run
 from tracegen.buckets import BUCKETS, INPUT_EDGES, OUTPUT_EDGES, bucket_expr
 from tracegen.errors import AnalysisError, RunError
@@ -84,9 +85,7 @@ def _narrow(run: Run, table: str, columns: Sequence[str], text: str) -> pl.DataF
 
 def worker_offset_ns(run: Run) -> pl.Expr:
     """What to take off a time in requests.parquet to bring it onto the replayer's clock: its worker's host's offset."""
-    hosts = {str(h.get("host")): int(h.get("offset_ns") or 0) for h in run.manifest.get("hosts") or []}
-    workers = [w for w in run.manifest.get("workers") or [] if w.get("worker") is not None]
-    offsets = {int(w["worker"]): hosts.get(str(w.get("host")), 0) for w in workers}
+    offsets = worker_offsets_ns(run)
     if not any(offsets.values()):
         return pl.lit(0, pl.Int64)
     return pl.col("worker").replace_strict(offsets, default=0, return_dtype=pl.Int64)

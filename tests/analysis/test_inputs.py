@@ -237,7 +237,8 @@ def test_what_was_never_reached_and_columns_of_others_are_no_error(run_of, rewri
     run = run_of()
     never = [pl.lit(None, pl.Int64).alias(n) for n in ("headers_ns", "first_token_ns", "last_token_ns", "done_ns")]
     requests = run.scan("requests").with_columns(*never, status=pl.lit("timeout"), mine=pl.lit("x")).collect()
-    steps = run.scan("steps").with_columns(pl.lit(None, pl.UInt32).alias("waiting"), mine=pl.lit(1)).collect()
+    untold = [pl.lit(None, pl.UInt32).alias(name) for name in ("waiting", "requests")]
+    steps = run.scan("steps").with_columns(*untold, mine=pl.lit(1)).collect()
     known_j = attribute(run).requests["energy_j"].sum()
     assert attribute(rewrite(run, requests=requests, steps=steps)).requests["energy_j"].sum() == pytest.approx(known_j)
 

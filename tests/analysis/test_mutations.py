@@ -110,7 +110,7 @@ def change_run(draw: Any, frames: dict[str, pl.DataFrame], document: dict[str, A
         if what == "manifest":
             change_manifest(draw, document)
         elif what == "file":
-            cut[table] = draw(st.integers(-1, 20_000))
+            cut[table] = draw(st.one_of(st.just(-1), st.integers(0, 20_000)))
         elif frames[table].height and frames[table].width:
             frames[table] = (change_column if what == "column" else change_rows)(draw, frames[table])
     return cut
