@@ -198,8 +198,10 @@ def _priced(data: RunData, slab: Slab, fitted: Fitted, fits: Sequence[Model]) ->
     parts.total[cut] *= part  # in place: these arrays are new
     parts.shared[cut] *= part
     parts.price[cut] *= part[:, None]
-    if parts.square is not None:
-        parts.square[cut] *= part
+    if parts.chunks is not None and parts.chunk_j is not None:
+        whole = np.ones(len(steps))
+        whole[cut] = part
+        parts.chunk_j[:] *= parts.chunks.of_steps(whole)
     return parts, idle_w
 
 
@@ -212,12 +214,18 @@ def _by_regime(priced: list[Parts], steps: Steps, changes: Floats) -> Parts:
     def chosen(values: Sequence[Floats]) -> Floats:
         return np.asarray(np.stack(values)[regime, rows])
 
-    nought = np.zeros(len(steps))
+    chunks = next((p.chunks for p in priced if p.chunks is not None), None)
+    chunk_j = None
+    if chunks is not None:
+        nought = np.zeros(chunks.tokens.size)
+        by_regime = np.stack([nought if p.chunk_j is None else p.chunk_j for p in priced])
+        chunk_j = by_regime[np.repeat(regime, np.diff(chunks.first)), np.arange(nought.size)]
     return Parts(
         total=chosen([p.total for p in priced]),
         shared=chosen([p.shared for p in priced]),
         price=chosen([p.price for p in priced]),
-        square=chosen([nought if p.square is None else p.square for p in priced]),
+        chunk_j=chunk_j,
+        chunks=chunks,
     )
 
 

@@ -10,7 +10,7 @@ from analysis.model import COLUMNS, POWERS, TINY, Model, linear_model, padding, 
 from analysis.steps import Bools, Steps
 
 FIT_STEPS = 800  # of either kind (with and without prefill); plenty for twenty coefficients
-WAVES = (16.0, 32.0, 64.0, 128.0, 256.0)  # tile heights of matrix kernels, in tokens
+WAVES = (16.0, 32.0, 48.0, 64.0, 96.0, 128.0, 192.0, 256.0)  # tile heights of matrix kernels, in tokens
 MOST_EVALUATIONS = 300  # 60 left soft maxima near a plain sum unfinished, and requests ten times as far off
 LARGEST_EXPONENT = 30.0  # of the soft maximum: as good as hard
 #                       1     prefill decode context attention wave

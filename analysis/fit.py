@@ -63,8 +63,8 @@ def fit_model(
     thin = not steps.timed or len(steps) < THIN_STEPS or sum(w.watts.size for w, _ in windows) < THIN_WINDOWS
     with threadpool_limits(1, "blas"):  # its matrices are small: threads would only wait for each other
         model = _duration_model(steps, simple=thin or linear)
-        power, power_rms, count = _fit_power(model, steps, windows)
-    model = replace(model, power=power * len(windows))
+        model, power_rms, count = _fit_power(model, steps, windows)
+    model = replace(model, power=model.power * len(windows))
     predicted = model.predict_s(steps.work)
     return model, Quality(
         model="linear" if model.linear else "activity",
@@ -179,21 +179,25 @@ def _rel_rms(predicted: Floats, measured: Floats) -> float:
 
 def _fit_power(
     model: Model, steps: Steps, windows: Sequence[tuple[Windows, Floats]]
-) -> tuple[Floats, float | None, int]:
-    """Coefficients of one GPU's power above idle on sensor windows, the residuals' relative rms, and the count."""
+) -> tuple[Model, float | None, int]:
+    """`model` with the power above idle of one GPU by sensor windows, the residuals' relative rms, and the count."""
     matrix, target, level, end_s = _window_rows(model, steps, windows)
-    power = np.zeros(POWERS)
     if target.size < 2:
-        return power, None, int(target.size)
-    used = RATES
+        return replace(model, power=np.zeros(POWERS)), None, int(target.size)
+    forms = [(model, matrix, RATES)]
     if not model.linear:
         # Whole steps hardly tell the two apart, but what part of a step would have cost does: the activities' terms are
         # the better guess there, unless held-out windows speak against them.
-        forms = (EVERY, RATES)
-        used = forms[choose([_held_out(matrix[:, form], target, level, end_s) for form in forms])]
+        forms.insert(0, (model, matrix, EVERY))
+        if model.compute[-1] > 0:
+            still = replace(model, pad_draws=False)
+            forms.insert(1, (still, _window_rows(still, steps, windows)[0], EVERY))
+    errors = [_held_out(rows[:, used], target, level, end_s) for _, rows, used in forms]
+    model, matrix, used = forms[choose(errors)]
+    power = np.zeros(POWERS)
     power[used] = scaled_nnls(matrix[:, used], target)
     missed = matrix @ power - target
-    return power, float(np.sqrt(np.mean(missed**2)) / max(level.mean(), TINY)), int(target.size)
+    return replace(model, power=power), float(np.sqrt(np.mean(missed**2)) / max(level.mean(), TINY)), int(target.size)
 
 
 def _held_out(matrix: Floats, target: Floats, level: Floats, end_s: Floats) -> Floats:

@@ -6,12 +6,15 @@ elsewhere.
 
 import numpy as np
 
-from analysis.kernels import Bools, Floats, compiled
+from analysis.kernels import Bools, Floats, Ints, compiled
 
 _NODES, _WEIGHTS = np.polynomial.legendre.leggauss(3)
 _X1, _X2, _X3 = (float(x + 1) / 2 for x in _NODES)
 _W1, _W2, _W3 = (float(w) / 2 for w in _WEIGHTS)
-MOST_LUMPS = 3  # the chunks beside the largest, as so many equal lumps
+_TIMES = tuple((float(x + 1) / 2, float(w) / 2) for x, w in zip(*np.polynomial.legendre.leggauss(5), strict=True))
+MOST_CHUNKS = 6  # whose 64 subsets are gone through; a step of more is long, and what any one adds to it is small
+MOST_WAVES = 16.0  # of decodes, that are told apart; where more go by, their edges average out
+FEW_WAVES = 4.0  # of decodes; of more, each is so short a stretch that its middle stands for it
 MOST_DECODES = 4096  # in a step that is looked up; a table of more would take more memory than time
 # Nodes of mean context between c and e·c. Between two of them a curve is off by at most an eighth of its relative
 # curvature times the distance's square, 1.2e-4 of it; measured on simulated runs, below 1e-6.
@@ -20,19 +23,15 @@ TINY = 1e-12
 
 
 @compiled
-def _state(m: Floats, idle_w: float, x: Floats, part: float, tokens: float, slopes: bool) -> tuple[float, ...]:
-    """Energy, J, its slopes by context and by attention, and the duration, s, of a part of the step `x` (4,).
+def _state(
+    m: Floats, idle_w: float, tokens: float, decode: float, context: float, attention: float, pad: float
+) -> tuple[float, float, float]:
+    """Energy, J, its slope by context, and the duration, s, of a step; the work in the order of the model's columns.
 
-    That is with `part` of its decodes and `tokens` of prefill. `m` is the model: overhead, compute and memory (6 each),
-    power (13), exponent, wave.
+    `m` is the model: overhead, compute and memory (6 each), power (13), exponent, wave, and compute
+    time that draws no power, s a token of `pad`: what the last wave is short of, in tokens.
     """
-    decode, context = part * x[1], part * x[2]
-    attention = x[3] * (tokens / max(x[0], 1.0))
-    exponent, wave = m[31], m[32]
-    pad = 0.0
-    if wave > 0:
-        scheduled = tokens + np.floor(decode + 0.5)
-        pad = wave * np.ceil(scheduled / wave) - scheduled
+    exponent = m[31]
     c = m[0] + m[1] * tokens + m[2] * decode + m[3] * context + m[4] * attention + m[5] * pad
     a = m[6] + m[7] * tokens + m[8] * decode + m[9] * context + m[10] * attention + m[11] * pad
     b = m[12] + m[13] * tokens + m[14] * decode + m[15] * context + m[16] * attention + m[17] * pad
@@ -47,91 +46,152 @@ def _state(m: Floats, idle_w: float, x: Floats, part: float, tokens: float, slop
         of_low = of_high * (power / ratio) if ratio > 0 else 0.0
     soft = max(soft, TINY)
     span = max(c + soft, TINY)
-    u, v = a / span, b / span
-    root_u, root_v = np.sqrt(u), np.sqrt(v)
-    watts = idle_w + m[18] + m[19] * u + m[20] * v + m[21] * root_u + m[22] * root_v
+    u, v = (a - m[33] * pad) / span, b / span
+    watts = idle_w + m[18] + m[19] * u + m[20] * v + m[21] * (2.0 - u) * u + m[22] * (2.0 - v) * v
     watts += m[23] * u * u + m[24] * v * v + m[25] * u * v
     energy = watts * span + m[26] + m[27] * tokens + m[28] * decode + m[29] * context + m[30] * attention
-    if not slopes:
-        return energy, 0.0, 0.0, span
     # With Δ' the slope of Δ: E' = Δ'·(P - u·P_u - v·P_v), plus P_u for a and P_v for b themselves.
-    by_u = m[19] + m[21] * 0.5 / max(root_u, 3e-5) + 2 * m[23] * u + m[25] * v
-    by_v = m[20] + m[22] * 0.5 / max(root_v, 3e-5) + 2 * m[24] * v + m[25] * u
+    by_u = m[19] + 2 * m[21] * (1.0 - u) + 2 * m[23] * u + m[25] * v
+    by_v = m[20] + 2 * m[22] * (1.0 - v) + 2 * m[24] * v + m[25] * u
     common = watts - u * by_u - v * by_v
     in_a = common * (of_high if a >= b else of_low) + by_u
     in_b = common * (of_low if a >= b else of_high) + by_v
     by_context = common * m[3] + in_a * m[9] + in_b * m[15] + m[29]
-    by_attention = common * m[4] + in_a * m[10] + in_b * m[16] + m[30]
-    return energy, by_context, by_attention, span
+    return energy, by_context, span
 
 
 @compiled
-def _chance(n: int, k: int, p: float) -> float:
-    """The chance that `k` of `n` come before, each with chance `p`."""
-    ways = 1.0
-    for i in range(k):
-        ways = ways * (n - i) / (i + 1)
-    return ways * p**k * (1.0 - p) ** (n - k)
+def _pad(wave: float, tokens: float) -> float:
+    """What the last of the waves of `tokens` is short of; 0 without waves."""
+    return wave * np.ceil(tokens / wave) - tokens if wave > 0 else 0.0
 
 
 @compiled
-def _against_chunks(
-    m: Floats, idle_w: float, x: Floats, decoders: float, large: float, lumps: int
-) -> tuple[float, float, float, float]:
-    """What the largest chunk and the others add on average, J, and the mean slopes by context and attention."""
-    paid_large, paid_rest, by_context, by_attention = 0.0, 0.0, 0.0, 0.0
-    first = 1.0 / (decoders + 1.0)  # the chance to be before every decode
-    lump = (x[0] - large) / max(lumps, 1)
-    energy, slope = np.empty((2, MOST_LUMPS + 1)), np.empty((2, MOST_LUMPS + 1))
-    nodes = ((0.0, first), (_X1, _W1 * (1 - first)), (_X2, _W2 * (1 - first)), (_X3, _W3 * (1 - first)))
-    for n in range(4):
-        if n > 0 and decoders == 0:
-            break
-        k = 0.5 + nodes[n][0] * decoders if n > 0 else 0.0
-        weight = nodes[n][1]
-        part = k / max(decoders, 1.0)
-        before = min((k + 1.0) / (decoders + 2.0), 1.0)
-        last = 0.0
-        for i in range(2):
-            for j in range(lumps + 1):
-                state = _state(m, idle_w, x, part, i * large + j * lump, True)
-                energy[i, j], slope[i, j], last = state[0], max(state[1], 0.0), max(state[2], 0.0)
-        by_attention += weight * last
-        for j in range(lumps + 1):
-            chance = _chance(lumps, j, before)
-            paid_large += weight * chance * (energy[1, j] - energy[0, j])
-            for i in range(2):
-                presence = before if i else 1.0 - before
-                by_context += weight * chance * presence * slope[i, j]
-                if j < lumps:
-                    among = lumps * _chance(lumps - 1, j, before) * presence
-                    paid_rest += weight * among * (energy[i, j + 1] - energy[i, j])
-    return paid_large, paid_rest, by_context, by_attention
+def _chance(others: int, here: int, k: float, decoders: float) -> float:
+    """The chance that of `others` chunks just the certain `here` came before, given that `k` of `decoders` decodes did.
+
+    All arrive at times uniform in (0, 1), so with n = `decoders` - k it is B(k + 1 + here, n + 1 + others - here) /
+    B(k + 1, n + 1).
+    """
+    p = 1.0
+    for i in range(here):
+        p *= k + 1.0 + i
+    for i in range(others - here):
+        p *= decoders - k + 1.0 + i
+    for i in range(others):
+        p /= decoders + 2.0 + i
+    return p
 
 
 @compiled
-def _by_size(
-    prefill: float, chunks: float, large: float, squares: float, paid: tuple[float, float], attention: float
-) -> tuple[float, float]:
-    """Prices p and q of a chunk of c tokens, p·c + q·c², that give the largest and the others their due."""
-    if prefill <= 0:
-        return 0.0, 0.0
-    others = prefill - large
-    per_token = attention / prefill
-    flat = (paid[0] + paid[1] - attention) / prefill
-    small = others / max(chunks - 1.0, 1.0)
-    if not (chunks > 1 and large - small > 1 and small > 0):
-        return flat, 0.0
-    high = max(paid[0] / large - per_token, 0.0)
-    low = max(paid[1] / others - per_token, 0.0)
-    square = (high - low) / (large - small)
-    linear = high - square * large
-    due = flat * prefill
-    if linear < 0:  # small chunks would be paid for being there
-        linear, square = 0.0, due / squares
-    total = linear * prefill + square * squares
-    fit = due / total if total > TINY else 0.0
-    return linear * fit, square * fit
+def _points(count: float) -> tuple[float, float]:
+    """Three points that stand for `count` whole numbers in a row: one in the middle, and two so far from it.
+
+    And the part of them that each of the two stands for. They have the means of all polynomials up to the fifth degree
+    (the Gauss rule of the discrete uniform distribution; of two numbers and of one these themselves).
+    """
+    if count < 3:
+        return (0.5, 0.5) if count > 1 else (0.0, 0.0)
+    squared = (3.0 * count * count - 7.0) / 20.0
+    return np.sqrt(squared), (count * count - 1.0) / (24.0 * squared)
+
+
+@compiled
+def _beside(
+    m: Floats, idle_w: float, x: Floats, decoders: int, chunks: int, here: int, tokens: float, attention: float
+) -> tuple[float, float, float]:
+    """Means over the decodes that came before, of a step `x` (4,) in which `here` of `chunks` are, of these `tokens`.
+
+    Of the energy, J: by the chance that one of these came last, and that one of the others comes next; and of the
+    slope by context. A step has k of its decodes, k uniform over 0..decoders; between two edges of waves energy is
+    smooth in k, and three points stand for all, or one.
+    """
+    wave = m[32]
+    each = x[1] / max(decoders, 1)
+    many, blurred = x[1] > FEW_WAVES * wave, x[1] > MOST_WAVES * wave  # both where there are no waves
+    last_j, next_j, slope = 0.0, 0.0, 0.0
+    first = 0
+    while first <= decoders:
+        final = decoders
+        padded = 0.0
+        smooth = blurred and tokens + first > 0
+        if wave > 0 and not smooth:
+            padded = wave * np.ceil((tokens + first * each) / wave)
+            if each > 0:
+                final = max(first, min(decoders, int(np.floor((padded - tokens) / each + 1e-9))))
+        count = final - first + 1.0
+        away, outer = (0.0, 0.0) if padded > 0 and many else _points(count)
+        for point in range(-1, 2):
+            part = 1.0 - 2.0 * outer if point == 0 else outer
+            if part < TINY:
+                continue
+            k = 0.5 * (first + final) + point * away
+            pad = max(padded - tokens - k * each, 0.0)
+            if wave > 0 and smooth:
+                pad = 0.5 * (wave - 1.0)
+            context = x[2] * k / max(decoders, 1)
+            energy, by_context, _ = _state(m, idle_w, tokens, k * each, context, attention, pad)
+            weight = part * count / (decoders + 1.0)
+            if here > 0:
+                last_j += weight * _chance(chunks - 1, here - 1, k, decoders) * energy
+            if here < chunks:
+                next_j += weight * _chance(chunks - 1, here, k, decoders) * energy
+            slope += weight * _chance(chunks, here, k, decoders) * max(by_context, 0.0)
+        first = final + 1
+    return last_j, next_j, slope
+
+
+@compiled
+def _few(m: Floats, idle_w: float, x: Floats, decoders: int, tokens: Floats, attention: Floats, due_j: Floats) -> float:
+    """Put into `due_j` what each of a few chunks adds on average; the mean slope by context."""
+    chunks = tokens.size
+    slope = 0.0
+    for subset in range(1 << chunks):
+        here, inside, work = 0, 0.0, 0.0
+        for i in range(chunks):
+            if subset >> i & 1:
+                here += 1
+                inside += tokens[i]
+                work += attention[i]
+        last_j, next_j, by_context = _beside(m, idle_w, x, decoders, chunks, here, inside, work)
+        slope += by_context
+        for i in range(chunks):
+            due_j[i] += last_j if subset >> i & 1 else -next_j
+    return slope
+
+
+@compiled
+def _many(m: Floats, idle_w: float, x: Floats, tokens: Floats, attention: Floats, due_j: Floats) -> float:
+    """`_few` of many chunks: to each the largest other is there or not, and of the rest so many tokens.
+
+    At time u that rest has the mean u·Σ tokens and the variance u·(1 - u)·Σ tokens², and two points stand for it that
+    have both. Among so many the edges of waves average out.
+    """
+    blur = max(0.5 * (m[32] - 1.0), 0.0)
+    largest = int(np.argmax(tokens))
+    second = -1
+    squares = 0.0
+    for i in range(tokens.size):
+        squares += tokens[i] ** 2
+        if i != largest and (second < 0 or tokens[i] > tokens[second]):
+            second = i
+    slope = 0.0
+    for u, weight in _TIMES:
+        decode, context = u * x[1], u * x[2]
+        slope += weight * max(_state(m, idle_w, u * x[0], decode, context, u * x[3], blur)[1], 0.0)
+        for i in range(tokens.size):
+            big = second if i == largest else largest
+            rest = max(x[0] - tokens[i] - tokens[big], 0.0)
+            spread = np.sqrt(u * (1.0 - u) * max(squares - tokens[i] ** 2 - tokens[big] ** 2, 0.0))
+            for side in (-1.0, 1.0):
+                inside = min(max(u * rest + side * spread, 0.0), rest)
+                work = max(x[3] - attention[i] - attention[big], 0.0) * (inside / max(rest, 1.0))
+                for chance, there in ((1.0 - u, 0.0), (u, 1.0)):
+                    t, w = inside + there * tokens[big], work + there * attention[big]
+                    more = _state(m, idle_w, t + tokens[i], decode, context, w + attention[i], blur)[0]
+                    less = _state(m, idle_w, t, decode, context, w, blur)[0]
+                    due_j[i] += weight * 0.5 * chance * (more - less)
+    return slope
 
 
 @compiled
@@ -140,13 +200,13 @@ def _only_decodes(m: Floats, decodes: float, context: float) -> tuple[float, flo
 
     The slope is along the way from no work to all of it, three Gauss points.
     """
-    x = np.array([0.0, decodes, context, 0.0])
-    state = _state(m, 0.0, x, 1.0, 0.0, False)
+    energy, _, span = _state(m, 0.0, 0.0, decodes, context, 0.0, _pad(m[32], decodes))
     cold, warm = 0.0, 0.0
     for node, weight in ((_X1, _W1), (_X2, _W2), (_X3, _W3)):
-        cold += weight * _state(m, 0.0, x, node, 0.0, True)[1]
-        warm += weight * _state(m, 1.0, x, node, 0.0, True)[1]
-    return state[0], cold, state[3], warm - cold
+        pad = _pad(m[32], np.floor(node * decodes + 0.5))
+        cold += weight * _state(m, 0.0, 0.0, node * decodes, node * context, 0.0, pad)[1]
+        warm += weight * _state(m, 1.0, 0.0, node * decodes, node * context, 0.0, pad)[1]
+    return energy, cold, span, warm - cold
 
 
 @compiled
@@ -186,23 +246,18 @@ def _look_up(
 
 @compiled
 def _with_chunks(
-    m: Floats, idle_w: float, x: Floats, requests: float, count: float, squares: float
-) -> tuple[tuple[float, float], tuple[float, float], tuple[float, float], tuple[float, float]]:
-    """Of a step with prefill: energy and duration; what the largest chunk and the others add, J.
-
-    Then the slopes by context and by attention; the tokens of the largest chunk, and the sum of all squared.
-    """
-    full = _state(m, idle_w, x, 1.0, x[0], False)
-    chunks = max(count, 1.0)
-    mean, large = x[0] / chunks, x[0]
-    if chunks > 1:
-        spread = np.sqrt(max(squares / chunks - mean * mean, 0.0))
-        large = min(mean + spread * np.sqrt(chunks - 1.0), x[0])
-    decoders = max(requests - count, 1.0 if x[1] > 0 else 0.0)
-    lumps = int(min(chunks, MOST_LUMPS + 1.0)) - 1
-    paid_large, paid_rest, by_context, by_attention = _against_chunks(m, idle_w, x, decoders, large, lumps)
-    paid = max(paid_large, 0.0), max(paid_rest, 0.0)
-    return (full[0], full[3]), paid, (by_context, by_attention), (large, max(squares, large * large))
+    m: Floats, idle_w: float, x: Floats, requests: float, tokens: Floats, attention: Floats, due_j: Floats
+) -> tuple[float, float, float]:
+    """Of a step with prefill: energy, J, and duration, s; the mean slope by context. Fills `due_j` of its chunks."""
+    energy, _, span = _state(m, idle_w, x[0], x[1], x[2], x[3], _pad(m[32], x[0] + x[1]))
+    if tokens.size > MOST_CHUNKS:
+        slope = _many(m, idle_w, x, tokens, attention, due_j)
+    else:
+        decoders = max(round(requests) - tokens.size, 1) if x[1] > 0 else 0
+        slope = _few(m, idle_w, x, decoders, tokens, attention, due_j)
+    for i in range(due_j.size):
+        due_j[i] = max(due_j[i], 0.0)
+    return energy, span, slope
 
 
 @compiled
@@ -213,57 +268,56 @@ def play(
     busy_s: Floats,
     work: Floats,
     requests: Floats,
-    count: Floats,
-    squares: Floats,
+    first: Ints,
+    tokens: Floats,
+    attention: Floats,
 ) -> tuple[Floats, Floats, Floats, Floats]:
-    """Total and shared energy, J, prices (n, 4) and the square's price of each step with `work` (n, 4).
+    """Total and shared energy, J, and prices (n, 4) of each step with `work` (n, 4); and what each chunk pays, J.
 
-    All are scaled to the step's own duration `span_s`, of which it was `busy_s` at work. `count` and `squares` are of
-    the prefill chunks; `m` is the model, as in `_state`.
+    All are scaled to the step's own duration `span_s`, of which it was `busy_s` at work. The chunks of step k are
+    `tokens` and `attention` from `first[k]` to `first[k + 1]`, and are its prefill, which has no prices. `m` is the
+    model, as in `_state`.
 
     Steps without prefill, which most are, are looked up: for each number of decodes at mean contexts that are
     1 / `NODES_PER_E` apart, worked out when first asked for, and linearly between.
     """
     n = idle_w.size
-    total, shared, square = np.zeros(n), np.zeros(n), np.zeros(n)
-    price = np.zeros((n, 4))
-    nothing = _state(m, 0.0, np.zeros(4), 0.0, 0.0, False)  # at zero work, but for idle power
+    total, shared, price, due_j = np.zeros(n), np.zeros(n), np.zeros((n, 4)), np.zeros(tokens.size)
+    nothing_j, _, nothing_s = _state(m, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)  # at zero work, but for idle power
     decodes, nodes = _reach(work)
     known, table = np.zeros((decodes + 1, nodes + 2), dtype=np.bool_), np.empty((decodes + 1, nodes + 2, 4))
     for k in range(n):
         x, idle = work[k], idle_w[k]
-        chunks, (large, squared) = (0.0, 0.0), (0.0, 0.0)
-        if x[0] > 0:
-            full, chunks, slopes, (large, squared) = _with_chunks(m, idle, x, requests[k], count[k], squares[k])
+        due = due_j[first[k] : first[k + 1]]
+        if due.size > 0:
+            own = tokens[first[k] : first[k + 1]], attention[first[k] : first[k + 1]]
+            full_j, full_s, slope = _with_chunks(m, idle, x, requests[k], own[0], own[1], due)
         else:
             cold_j, cold_slope, full_s, warm_slope = _look_up(m, x[1], x[2], known, table)
-            full, slopes = (cold_j + idle * full_s, full_s), (cold_slope + idle * warm_slope, 0.0)
-        zero_j = nothing[0] + idle * nothing[3]
-        whole = max(full[0], zero_j)
-        free, paid = whole - zero_j, chunks[0] + chunks[1]
+            full_j, slope = cold_j + idle * full_s, cold_slope + idle * warm_slope
+        zero_j = nothing_j + idle * nothing_s
+        whole = max(full_j, zero_j)
+        free, paid = whole - zero_j, due.sum()
         if paid > 0 and (paid > free or x[1] <= 0):  # without decodes the chunks pay it all
-            chunks = chunks[0] * free / paid, chunks[1] * free / paid
+            due *= free / paid
             paid = free
-        attention = min(slopes[1] * x[3], paid)
         left = max(free - paid, 0.0)
-        read = min(max(slopes[0] * x[2], 0.0), left)
-        linear, squared_price = _by_size(x[0], max(count[k], 1.0), large, squared, chunks, attention)
+        read = min(max(slope * x[2], 0.0), left)
         by_decode = (left - read) / x[1] if x[1] > 0 else 0.0
-        spent = linear * x[0] + squared_price * squared + by_decode * x[1] + read + attention
-        modelled = idle * span_s[k] + (full[0] / full[1] - idle) * busy_s[k]
+        spent = paid + by_decode * x[1] + read
+        modelled = idle * span_s[k] + (full_j / full_s - idle) * busy_s[k]
         factor = modelled / whole if whole > TINY else 0.0
+        due *= factor
         total[k], shared[k] = modelled, factor * max(whole - spent, 0.0) if whole > TINY else modelled
-        price[k, 0], square[k], price[k, 1] = factor * linear, factor * squared_price, factor * by_decode
-        price[k, 2] = factor * read / x[2] if x[2] > 0 else 0.0
-        price[k, 3] = factor * attention / x[3] if x[3] > 0 else 0.0
-    return total, shared, price, square
+        price[k, 1], price[k, 2] = factor * by_decode, factor * read / x[2] if x[2] > 0 else 0.0
+    return total, shared, price, due_j
 
 
 @compiled
 def play_linear(
     duration: Floats, power: Floats, timed: bool, idle_w: Floats, span_s: Floats, busy_s: Floats, work: Floats
 ) -> tuple[Floats, Floats, Floats]:
-    """`play` by a linear model: duration d·(1, x) in s, energy above idle θ·(Δ, 1, x) in J; a chunk has no square.
+    """`play` by a linear model: duration d·(1, x) in s, energy above idle θ·(Δ, 1, x) in J; chunks pay by price.
 
     Prices are the coefficients, at the pace of each step. `timed` False: durations are taken as given.
     """

@@ -202,22 +202,44 @@ def sum_pieces(
 
 
 @compiled
-def count_chunks(first: Ints, last: Ints, prefill: Bools, tokens: Floats, unlisted: Floats) -> tuple[Floats, Floats]:
-    """Per step the number of prefill chunks, and the sum of their squared tokens.
+def list_chunks(
+    first: Ints,
+    last: Ints,
+    prefill: Bools,
+    tokens: Floats,
+    reads: Floats,
+    context: Floats,
+    growth: Floats,
+    q_start: Floats,
+    q: Floats,
+    unlisted: Floats,
+) -> tuple[Ints, Ints, Floats, Floats]:
+    """The prefill chunks in the order of their steps: where those of each step begin (n + 1,); of each its segment.
 
-    `unlisted`: the work (n, 4) that no segment names; its prefill tokens are one chunk more.
+    Then its tokens and its attention. `unlisted`: the work (n, 4) that no segment names; its prefill tokens are one
+    chunk more, of segment -1.
     """
-    n = unlisted.shape[0]
-    count, squares = np.zeros(n), np.zeros(n)
+    n = q.size
+    begin = np.zeros(n + 1, dtype=np.int64)
+    for k in range(n):
+        begin[k + 1] += unlisted[k, 0] > 0
+    for i in range(first.size):
+        if prefill[i]:
+            begin[first[i] + 1 : last[i] + 2] += 1
+    begin = np.cumsum(begin)
+    place = begin.copy()
+    segment, size, attention = np.empty(begin[n], dtype=np.int64), np.empty(begin[n]), np.empty(begin[n])
     for k in range(n):
         if unlisted[k, 0] > 0:
-            count[k], squares[k] = 1.0, unlisted[k, 0] ** 2
+            segment[place[k]], size[place[k]], attention[place[k]] = -1, unlisted[k, 0], unlisted[k, 3]
+            place[k] += 1
     for i in range(first.size):
         if prefill[i]:
             for k in range(first[i], last[i] + 1):
-                count[k] += 1.0
-                squares[k] += tokens[i] ** 2
-    return count, squares
+                segment[place[k]], size[place[k]] = i, tokens[i]
+                attention[place[k]] = reads[i] * (context[i] + growth[i] * (q[k] - q_start[i]))
+                place[k] += 1
+    return begin, segment, size, attention
 
 
 @compiled
@@ -225,7 +247,6 @@ def running_sums(
     total: Floats,
     shared: Floats,
     price: Floats,
-    square: Floats,
     step_j: Floats,
     requests: Floats,
     g: Floats,
@@ -233,15 +254,15 @@ def running_sums(
     span_s: Floats,
     first: Ints,
 ) -> Floats:
-    """Running sums (n, 10) over steps that restart with every block (`first`: the first step of each, then n).
+    """Running sums (n, 9) over steps that restart with every block (`first`: the first step of each, then n).
 
     Prices are scaled so that each step's `total` is its `step_j`; a step without a total is shared equally. The sums
     are of what each request pays equally; the prices of a prefill token and of attention, the latter once more times q
-    from the block's first step on; those of a decode token and of context, the latter times q likewise; the price of a
-    chunk's squared tokens; the step's seconds; an equal part of all of it.
+    from the block's first step on; those of a decode token and of context, the latter times q likewise; the step's
+    seconds; an equal part of all of it.
     """
-    sums = np.empty((shared.size, 10))
-    running = np.empty(10)
+    sums = np.empty((shared.size, 9))
+    running = np.empty(9)
     for block in range(first.size - 1):
         begin = first[block]
         running[:] = 0.0
@@ -258,10 +279,9 @@ def running_sums(
             running[4] += price[k, 1] * scaled
             running[5] += context
             running[6] += context * local
-            running[7] += square[k] * factor
-            running[8] += span_s[k]
-            running[9] += step_j[k] / requests[k]
-            for j in range(10):
+            running[7] += span_s[k]
+            running[8] += step_j[k] / requests[k]
+            for j in range(9):
                 sums[k, j] = running[j]
     return sums
 
@@ -271,7 +291,6 @@ def unlisted_joules(
     total: Floats,
     shared: Floats,
     price: Floats,
-    square: Floats,
     step_j: Floats,
     requests: Floats,
     unlisted: Floats,
@@ -285,7 +304,7 @@ def unlisted_joules(
         if total[k] <= TINY:
             joules += step_j[k] / requests[k] * unlisted[k]
             continue
-        own = square[k] * work[k, 0] ** 2 + shared[k] / requests[k] * unlisted[k]
+        own = shared[k] / requests[k] * unlisted[k]
         for j in range(4):
             own += price[k, j] * work[k, j]
         joules += own * step_j[k] / total[k]
@@ -312,24 +331,37 @@ def pay(
     J; J of that equally shared; the seconds of its steps; J by an equal split of them.
     """
     result = np.zeros((first.size, 4))
-    paid = np.empty(10)
+    paid = np.empty(9)
     for i in range(first.size):
         k = first[i]
         column = 1 if prefill[i] else 4
-        squared = tokens[i] ** 2 if prefill[i] else 0.0
         while k <= last[i]:
             origin = block_first[block[k]]
             stop = min(last[i], block_first[block[k] + 1] - 1)
-            for j in range(10):
+            for j in range(9):
                 paid[j] = sums[stop, j] - (sums[k - 1, j] if k > origin else 0.0)
             at_origin = context[i] + growth[i] * (q[origin] - q_start[i])
             read = max(at_origin * paid[column + 1] + growth[i] * paid[column + 2], 0.0)
-            result[i, 0] += paid[0] + tokens[i] * paid[column] + reads[i] * read + squared * paid[7]
+            result[i, 0] += paid[0] + tokens[i] * paid[column] + reads[i] * read
             result[i, 1] += paid[0]
-            result[i, 2] += paid[8]
-            result[i, 3] += paid[9]
+            result[i, 2] += paid[7]
+            result[i, 3] += paid[8]
             k = stop + 1
     return result
+
+
+@compiled
+def pay_chunks(first: Ints, segment: Ints, chunk_j: Floats, total: Floats, step_j: Floats, result: Floats) -> float:
+    """Add what chunks pay, scaled as in `running_sums`, to that of their segments (m, 4); J of those without one."""
+    unlisted = 0.0
+    for k in range(total.size):
+        factor = step_j[k] / total[k] if total[k] > TINY else 0.0
+        for i in range(first[k], first[k + 1]):
+            if segment[i] >= 0:
+                result[segment[i], 0] += factor * chunk_j[i]
+            else:
+                unlisted += factor * chunk_j[i]
+    return unlisted
 
 
 @compiled

@@ -5,8 +5,10 @@ W) with W = w·⌈T/w⌉ - T, what a wave of w tokens is padded by at T tokens (
 
 - Duration = c(z) + (a(z)^p + b(z)^p)^(1/p): overhead, compute and memory time, each linear in z with coefficients ≥ 0,
   the last two joined by a soft maximum; what overlaps only in part has a share in c.
-- Power above idle = a sum over the two activities' a/Δ and b/Δ constant, linear, root, square and product terms, and
-  over the rates of steps and of work, 1/Δ and x/Δ, with coefficients ≥ 0.
+- Power above idle = a sum over the two activities' u = a/Δ and v = b/Δ constant, linear, product, convex and concave
+  terms, u² and 2u - u², and over the rates of steps and of work, 1/Δ and x/Δ, with coefficients ≥ 0. What pads a wave
+  takes time; whether it draws power as work does, or is left out of u, the run decides. A concave term with no slope
+  of infinity at 0, as a root has, says little of what was never measured: steps of nearly no work.
 
 The linear model is the case a = b = 0: duration d·(1, x), energy above idle θ·(Δ, x). `duration.py` and `fit.py`
 fit them, `pricing.py` shares a step's energy among its parts.
@@ -39,6 +41,7 @@ class Model:
     wave: float
     power: Floats  # of the whole group
     timed: bool = True
+    pad_draws: bool = True  # power, as work does; else padding only takes time
 
     @property
     def linear(self) -> bool:
@@ -84,6 +87,8 @@ class Model:
         if span_s is None:
             span_s = c + soft_max(a, b, self.exponent)
         span_s = np.maximum(span_s, TINY)
+        if not self.pad_draws:
+            a = a - self.compute[-1] * z[:, -1]
         return np.concatenate([terms(a / span_s, b / span_s), z[:, :5] / span_s[:, None]], axis=1), span_s
 
 
@@ -120,4 +125,4 @@ def soft_max(a: Floats, b: Floats, p: float) -> Floats:
 
 def terms(u: Floats, v: Floats) -> Floats:
     """The power terms of the two activities, (n, TERMS); the first is there whenever the engine runs."""
-    return np.stack([np.ones_like(u), u, v, np.sqrt(u), np.sqrt(v), u * u, v * v, u * v], axis=1)
+    return np.stack([np.ones_like(u), u, v, (2 - u) * u, (2 - v) * v, u * u, v * v, u * v], axis=1)

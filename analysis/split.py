@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from analysis.blocks import Blocks
-from analysis.kernels import pay, running_sums, unlisted_joules
+from analysis.kernels import pay, pay_chunks, running_sums, unlisted_joules
 from analysis.load import Floats
 from analysis.model import TINY, Model, pace_of
 from analysis.pricing import Parts, scale
@@ -94,8 +94,7 @@ def share(parts: Parts, steps: Steps, segments: Segments, blocks: Blocks, step_j
     None: what `parts` say.
     """
     step_j = parts.total if step_j is None else step_j
-    square = np.zeros(len(steps)) if parts.square is None else parts.square
-    prices = (parts.total, parts.shared, parts.price, square, step_j, steps.requests)
+    prices = (parts.total, parts.shared, parts.price, step_j, steps.requests)
     sums = running_sums(*prices, steps.g, steps.q, steps.end_s - steps.start_s, blocks.first)
     paid = pay(
         sums,
@@ -113,6 +112,8 @@ def share(parts: Parts, steps: Steps, segments: Segments, blocks: Blocks, step_j
     )
     count = (segments.last - segments.first + 1).astype(np.float64)
     unlisted_j = unlisted_joules(*prices, steps.unlisted, steps.unlisted_work)
+    if parts.chunks is not None and parts.chunk_j is not None:
+        unlisted_j += pay_chunks(parts.chunks.first, parts.chunks.segment, parts.chunk_j, parts.total, step_j, paid)
     return Shares(paid[:, 0], paid[:, 1], count, paid[:, 2], unlisted_j, paid[:, 3])
 
 

@@ -34,14 +34,9 @@ OVERLAPPING = Model(
 CONVEX = Model(
     NOTHING, np.array([0, 1e-4, 1e-4, 0, 0, 0]), np.array([0.02, 0, 0, 0, 0, 0]), 4.0, 0.0, np.eye(13)[0] * 300
 )
-# Time is nearly all overhead, and power rises with the root of the activity: the first work is the dearest.
+# Compute hides behind memory, and power levels off with it: the first work is the dearest.
 CONCAVE = Model(
-    np.array([0.1, 0, 0, 0, 0, 0]),
-    np.array([0, 1e-6, 1e-6, 0, 0, 0]),
-    np.array([1e-5, 0, 0, 0, 0, 0]),
-    1.0,
-    0.0,
-    np.eye(13)[3] * 300,
+    NOTHING, np.array([0, 4e-4, 4e-4, 0, 0, 0]), np.array([0.1, 0, 0, 0, 0, 0]), 30.0, 0.0, np.eye(13)[3] * 300
 )
 LINEAR = linear_model(np.array([0.02, 1e-4, 3e-5, 2e-7, 1e-8]), np.array([60.0, 0.05, 0.02, 1e-5, 1e-6]))
 
