@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from analysis.blocks import Balance, Blocks, balance, expect, misfit
+from analysis.capped import held_back
 from analysis.counter import Survey
 from analysis.fit import THIN_STEPS, Quality, fit_regimes, main_fit
 from analysis.idle import Idle, idle_power
@@ -125,7 +126,7 @@ def _fit(data: RunData, slabs: list[Slab]) -> Fitted:
         shown = _windows([estimated[gpu].windows, *(line[gpu].windows for line in lines[1:])], slabs)
         rest = _idle(data, slabs, lines, gpu, shown.source, steps, changes)
         windows.append((shown, rest.at(shown.end_s, data.duration_s)))
-    fits = fit_regimes(steps, windows, changes)
+    fits = fit_regimes(steps, windows, changes, holding=held_back([gpu for slab in slabs for gpu in slab.gpus], steps))
     model, quality = main_fit(fits)
     straight = () if model.linear else fit_regimes(steps, windows, changes, linear=True)
     fitted = replace(

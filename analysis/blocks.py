@@ -1,10 +1,13 @@
 """Conservation: the window is cut into blocks, and in each the model is made to agree with what was measured.
 
 Blocks are tens of seconds long and cut at idle stretches where there are any, so that a meter's error of one update at
-a cut stays below a thousandth of a block. The discrepancy between model and meter is spread over idle and steps by
-variance: `(idle_se_w * idle seconds)²` against `(model's relative misfit * steps' energy)²`.
+a cut stays below a thousandth of a block. A longer idle stretch is a block of its own: what idle power really was there
+(in the pause of a run that was resumed, with the model unloaded) is no matter of the steps beside it. The discrepancy
+between model and meter is spread over idle and steps by variance: `(idle_se_w * idle seconds)²` against
+`(model's relative misfit * steps' energy)²`.
 """
 
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -55,12 +58,27 @@ def cut_times(start_s: Floats, end_s: Floats, begin_s: float, until_s: float, *,
     cuts = [begin_s]
     if start_s.size == 0:
         return [begin_s, until_s] if until_s > begin_s else cuts
-    while until_s - cuts[-1] > USUAL_S:
-        cut = _next_cut(idle_s, start_s, cuts[-1])
-        if cut is None or cut > until_s - (SHORTEST_S / 2 if final else LONGEST_S):
+    rests = deque(_rests(start_s, end_s, begin_s, until_s, final=final))
+    # What follows may be a long rest, whose beginning is a cut.
+    last_s = until_s - SHORTEST_S / 2 if final else min(until_s - LONGEST_S, float(end_s[-1]) - SHORTEST_S / 2)
+    while True:
+        cut = _next_cut(idle_s, start_s, cuts[-1]) if until_s - cuts[-1] > USUAL_S else None
+        if rests and (cut is None or cut > rests[0][0] - SHORTEST_S / 2):
+            cuts += [edge_s for edge_s in rests.popleft() if edge_s > cuts[-1]]
+        elif cut is None or cut > last_s:
             break
-        cuts.append(cut)
-    return [*cuts, until_s] if final else cuts
+        else:
+            cuts.append(cut)
+    return [*cuts, until_s] if final and until_s > cuts[-1] else cuts
+
+
+def _rests(start_s: Floats, end_s: Floats, begin_s: float, until_s: float, *, final: bool) -> list[tuple[float, float]]:
+    """Idle stretches longer than blocks usually are: from a moment behind a step, and to one before a step."""
+    behind_s = np.concatenate([[begin_s - CUT_IDLE_S / 2], end_s])
+    before_s = np.concatenate([start_s, [until_s + CUT_IDLE_S / 2 if final else -np.inf]])
+    long = before_s - behind_s > USUAL_S + CUT_IDLE_S
+    edges_s = behind_s[long] + CUT_IDLE_S / 2, before_s[long] - CUT_IDLE_S / 2
+    return list(zip(*(edge_s.tolist() for edge_s in edges_s), strict=True))
 
 
 def cut_blocks(steps: Steps, duration_s: float) -> Blocks:

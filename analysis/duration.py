@@ -7,7 +7,7 @@ from scipy.optimize import least_squares, nnls
 
 from analysis.load import Floats
 from analysis.model import COLUMNS, POWERS, TINY, Model, linear_model, padding, soft_max
-from analysis.steps import Bools, Steps
+from analysis.steps import Bools, Ints, Steps
 
 FIT_STEPS = 800  # of either kind (with and without prefill); plenty for twenty coefficients
 WAVES = (16.0, 32.0, 48.0, 64.0, 96.0, 128.0, 192.0, 256.0)  # tile heights of matrix kernels, in tokens
@@ -26,18 +26,26 @@ class Sample:
 
     work: Floats
     measured_s: Floats
+    slowed: Floats  # how many times as long compute took, since a clock was held down; 1 where none was
 
-    def take(self, rows: Bools) -> "Sample":
+    def take(self, rows: Bools | Ints) -> "Sample":
         """The steps at `rows`."""
-        return Sample(self.work[rows], self.measured_s[rows])
+        return Sample(self.work[rows], self.measured_s[rows], self.slowed[rows])
+
+    def predict_s(self, model: Model) -> Floats:
+        """How long `model` says that they take."""
+        c, a, b = model.times(model.columns(self.work))
+        return np.asarray(c + soft_max(a * self.slowed, b, model.exponent))
 
 
-def sample_of(steps: Steps) -> Sample:
+def sample_of(steps: Steps, slowed: Floats | None = None) -> Sample:
     """Up to FIT_STEPS steps with and without prefill, evenly spread over the run."""
     with_prefill = steps.work[:, 0] > 0
     rows = [np.flatnonzero(with_prefill), np.flatnonzero(~with_prefill)]
     chosen = np.sort(np.concatenate([r[:: max(1, -(-r.size // FIT_STEPS))] for r in rows]))
-    return Sample(steps.work[chosen], steps.measured_s[chosen])
+    return Sample(
+        steps.work[chosen], steps.measured_s[chosen], (np.ones(len(steps)) if slowed is None else slowed)[chosen]
+    )
 
 
 def fit_linear(sample: Sample) -> Model:
@@ -49,9 +57,7 @@ def fit_linear(sample: Sample) -> Model:
 
 def misfit(model: Model, sample: Sample) -> Floats:
     """Relative errors of the model's durations."""
-    predicted = model.predict_s(sample.work)
-    assert predicted is not None
-    return np.asarray(predicted / np.maximum(sample.measured_s, 1e-6) - 1)
+    return np.asarray(sample.predict_s(model) / np.maximum(sample.measured_s, 1e-6) - 1)
 
 
 def fit_soft(
@@ -75,18 +81,19 @@ def fit_soft(
     def residuals(parameters: Floats) -> Floats:
         model = build(parameters)
         c, a, b = model.times(z)
-        return np.asarray((c + soft_max(a, b, model.exponent) - sample.measured_s) * weight)
+        return np.asarray((c + soft_max(a * sample.slowed, b, model.exponent) - sample.measured_s) * weight)
 
     def jacobian(parameters: Floats) -> Floats:
         model = build(parameters)
         _, a, b = model.times(z)
-        p = model.exponent
+        a, p = a * sample.slowed, model.exponent
         s = np.maximum(soft_max(a, b, p), TINY)
         u, v = np.maximum(a / s, TINY), np.maximum(b / s, TINY)
         by_a, by_b = u ** (p - 1), v ** (p - 1)
         # s is homogeneous: with u^p + v^p = 1, ∂s/∂p = s·(u^p ln u + v^p ln v)/p.
         by_p = s * (u**p * np.log(u) + v**p * np.log(v)) / p
-        columns = np.concatenate([z, z * by_a[:, None], z * by_b[:, None]], axis=1)[:, masks] / scales
+        on_compute = z * (by_a * sample.slowed)[:, None]
+        columns = np.concatenate([z, on_compute, z * by_b[:, None]], axis=1)[:, masks] / scales
         return np.asarray(np.column_stack([columns, by_p]) * weight[:, None])
 
     first = np.concatenate([start.overhead, start.compute, start.memory])[masks] * scales
@@ -112,13 +119,12 @@ def halves_of(straight: Model) -> Model:
 
 def likely_wave(model: Model, sample: Sample) -> float:
     """The wave whose padding explains most of what `model` misses."""
-    predicted = model.predict_s(sample.work)
-    assert predicted is not None
     _, a, b = model.times(model.columns(sample.work))
+    a = a * sample.slowed
     s = np.maximum(soft_max(a, b, model.exponent), TINY)
     on_compute = np.minimum(a / s, 1.0) ** (model.exponent - 1)
     tokens = sample.work[:, 0] + sample.work[:, 1]
-    missed = sample.measured_s - predicted
+    missed = sample.measured_s - sample.predict_s(model)
     left = []
     for wave in WAVES:
         pad = padding(tokens, wave)

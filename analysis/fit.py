@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from threadpoolctl import threadpool_limits
 
+from analysis.capped import FREE, HELD, LEAST_HELD, Holding, windows_within, with_cap
 from analysis.duration import (
     ALL,
     FEW,
@@ -47,19 +48,23 @@ class Quality:
     steps: int
     windows: int
     independent: float  # windows that would tell as much and do not overlap
+    capped: int = 0  # steps in which a power cap was seen to hold clocks down
 
 
 def fit_model(
-    steps: Steps, windows: Sequence[tuple[Windows, Floats]], *, linear: bool = False
+    steps: Steps, windows: Sequence[tuple[Windows, Floats]], *, linear: bool = False, holding: Holding | None = None
 ) -> tuple[Model, Quality]:
     """Fit a model of one instance; `windows` are per GPU the sensor's, with idle power (W, one a window).
 
     The power coefficients are of the whole group: one GPU's, times their number. Steps that ended before the window are
     left out: they warm the engine up, and its first steps take longer than any later ones of the same work.
-    `linear`: the simplest form, unasked.
+    `linear`: the simplest form, unasked. `holding`: which steps a power cap held back.
     """
     inside = steps.end_s > 0
-    steps = steps if inside.all() or not inside.any() else steps_at(steps, inside)
+    if inside.any() and not inside.all():
+        steps, holding = steps_at(steps, inside), None if holding is None else holding.at(inside)
+    if holding is not None and steps.timed and not linear and (fit := _fit_capped(steps, windows, holding)) is not None:
+        return fit
     thin = not steps.timed or len(steps) < THIN_STEPS or sum(w.watts.size for w, _ in windows) < THIN_WINDOWS
     with threadpool_limits(1, "blas"):  # its matrices are small: threads would only wait for each other
         model = _duration_model(steps, simple=thin or linear)
@@ -76,12 +81,47 @@ def fit_model(
     )
 
 
+def _fit_capped(
+    steps: Steps, windows: Sequence[tuple[Windows, Floats]], holding: Holding
+) -> tuple[Model, Quality] | None:
+    """A model of steps that ran free, and of the cap that held others; None where too few did either."""
+    free, held = holding.state == FREE, holding.state == HELD
+    if np.count_nonzero(free) < THIN_STEPS or np.count_nonzero(held) < LEAST_HELD:
+        return None
+    own, hot = ([windows_within(window, idle_w, steps, rows) for window, idle_w in windows] for rows in (free, held))
+    if sum(w.watts.size for w, _ in own) < THIN_WINDOWS or any(not w.watts.size for w, _ in hot):
+        return None
+    cap_w = sum(float(np.median(window.watts - idle_w)) for window, idle_w in hot)
+    some = free | held
+    known, capped = steps_at(steps, some), steps_at(steps, held)
+    with threadpool_limits(1, "blas"):
+        model = _duration_model(known, slowed=1 / holding.clock_rel[some])
+        if model.linear:
+            return None
+        model, power_rms, count = _fit_power(model, steps_at(steps, free), own)
+        model = with_cap(replace(model, power=model.power * len(windows)), capped, cap_w)
+    return model, Quality(
+        model="activity",
+        duration_rel_rms=_rel_rms(model.durations(known.work), known.measured_s),
+        power_rel_rms=power_rms,
+        steps=len(known),
+        windows=count,
+        independent=min(sum(_apart(window) for window, _ in own), float(count)),
+        capped=len(capped),
+    )
+
+
 def fit_regimes(
-    steps: Steps, windows: Sequence[tuple[Windows, Floats]], changes: Floats, *, linear: bool = False
+    steps: Steps,
+    windows: Sequence[tuple[Windows, Floats]],
+    changes: Floats,
+    *,
+    linear: bool = False,
+    holding: Holding | None = None,
 ) -> list[tuple[Model, Quality]]:
     """`fit_model` for each stretch between `changes` (s, of the GPUs' clock), by its own steps and windows."""
     if not changes.size:
-        return [fit_model(steps, windows, linear=linear)]
+        return [fit_model(steps, windows, linear=linear, holding=holding)]
     fits = []
     step_regime = regime_of(steps.end_s, changes)
     for regime in range(changes.size + 1):
@@ -90,7 +130,9 @@ def fit_regimes(
             rows = regime_of(window.end_s, changes) == regime
             arrays = (window.start_s[rows], window.end_s[rows], window.watts[rows])
             own.append((Windows(window.source, *arrays), idle_w[rows]))
-        fits.append(fit_model(steps_at(steps, step_regime == regime), own, linear=linear))
+        here = step_regime == regime
+        of_here = None if holding is None else holding.at(here)
+        fits.append(fit_model(steps_at(steps, here), own, linear=linear, holding=of_here))
     return fits
 
 
@@ -99,8 +141,8 @@ def main_fit(fits: Sequence[tuple[Model, Quality]]) -> tuple[Model, Quality]:
     if len(fits) == 1:
         return fits[0]
     model, most = max(fits, key=lambda fit: fit[1].steps)
-    steps, windows, independent = (
-        sum(getattr(quality, name) for _, quality in fits) for name in ("steps", "windows", "independent")
+    steps, windows, independent, capped = (
+        sum(getattr(quality, name) for _, quality in fits) for name in ("steps", "windows", "independent", "capped")
     )
 
     def together(name: str, count: str) -> float | None:
@@ -115,6 +157,7 @@ def main_fit(fits: Sequence[tuple[Model, Quality]]) -> tuple[Model, Quality]:
         steps=steps,
         windows=windows,
         independent=independent,
+        capped=capped,
     )
 
 
@@ -139,14 +182,14 @@ def choose(errors: Sequence[Floats]) -> int:
     return best
 
 
-def _duration_model(steps: Steps, *, simple: bool) -> Model:
+def _duration_model(steps: Steps, *, simple: bool = False, slowed: Floats | None = None) -> Model:
     """The model of durations, without power: linear, or the soft maximum in the form that predicts best."""
     if not steps.timed:
         return linear_model(None, np.zeros(5))
-    sample = sample_of(steps)
-    straight = fit_linear(sample)
+    sample = sample_of(steps, slowed)
     if simple:
-        return straight
+        return fit_linear(sample)
+    straight = fit_linear(sample)
     whole = fit_soft(sample, halves_of(straight), ALL, 0.0)
     wave = likely_wave(whole, sample)
     forms = [(FEW, 0.0), (ALL, 0.0), (ALL, wave)]

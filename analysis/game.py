@@ -28,8 +28,8 @@ def _state(
 ) -> tuple[float, float, float]:
     """Energy, J, its slope by context, and the duration, s, of a step; the work in the order of the model's columns.
 
-    `m` is the model: overhead, compute and memory (6 each), power (13), exponent, wave, and compute
-    time that draws no power, s a token of `pad`: what the last wave is short of, in tokens.
+    `m` is the model: overhead, compute and memory (6 each), power (13), exponent, wave, compute time that draws no
+    power, s a token of `pad`, which is what the last wave is short of, in tokens; the power cap and its exponent.
     """
     exponent = m[31]
     c = m[0] + m[1] * tokens + m[2] * decode + m[3] * context + m[4] * attention + m[5] * pad
@@ -57,7 +57,20 @@ def _state(
     in_a = common * (of_high if a >= b else of_low) + by_u
     in_b = common * (of_low if a >= b else of_high) + by_v
     by_context = common * m[3] + in_a * m[9] + in_b * m[15] + m[29]
-    return energy, by_context, span
+    above = energy / span - idle_w
+    if above <= m[34]:
+        return energy, by_context, span
+    # The cap holds: power is the cap, compute is slower, and context costs what time it takes.
+    a *= (above / m[34]) ** m[35]
+    high, low = max(a, b, TINY), min(a, b)
+    ratio = low / high
+    power = ratio**exponent
+    root = (1.0 + power) ** (1.0 / exponent)
+    of_high = root / (1.0 + power)
+    of_b = of_high if b >= a else of_high * (power / max(ratio, TINY))
+    span = max(c + high * root, TINY)
+    watts = idle_w + m[34]
+    return watts * span, watts * (m[3] + of_b * m[15]), span
 
 
 @compiled

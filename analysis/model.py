@@ -9,6 +9,7 @@ W) with W = w·⌈T/w⌉ - T, what a wave of w tokens is padded by at T tokens (
   terms, u² and 2u - u², and over the rates of steps and of work, 1/Δ and x/Δ, with coefficients ≥ 0. What pads a wave
   takes time; whether it draws power as work does, or is left out of u, the run decides. A concave term with no slope
   of infinity at 0, as a root has, says little of what was never measured: steps of nearly no work.
+- Under a power cap, power is the least of that and the cap P, and a(z) takes (power / P)^s times as long (`capped.py`).
 
 The linear model is the case a = b = 0: duration d·(1, x), energy above idle θ·(Δ, x). `duration.py` and `fit.py`
 fit them, `pricing.py` shares a step's energy among its parts.
@@ -42,6 +43,8 @@ class Model:
     power: Floats  # of the whole group
     timed: bool = True
     pad_draws: bool = True  # power, as work does; else padding only takes time
+    cap_w: float = np.inf  # what the whole group is held to, above idle power,
+    slows: float = 0.0  # and the exponent of what its compute is slowed by for it
 
     @property
     def linear(self) -> bool:
@@ -68,19 +71,27 @@ class Model:
 
     def predict_s(self, work: Floats) -> Floats | None:
         """Durations of steps with `work`; None where durations are taken as given."""
-        if not self.timed:
-            return None
-        c, a, b = self.times(self.columns(work))
+        return self.durations(work) if self.timed else None
+
+    def durations(self, work: Floats) -> Floats:
+        """Durations of steps with `work`, s, as the engine's own."""
+        z = self.columns(work)
+        c, a, b = self.times(z)
+        if np.isfinite(self.cap_w):
+            a = a * np.maximum(self.watts(z) / self.cap_w, 1.0) ** self.slows
         return c + soft_max(a, b, self.exponent)
+
+    def watts(self, z: Floats) -> Floats:
+        """Power above idle, W, of steps with the columns `z` if no cap held them."""
+        return np.asarray(self._features(z, None)[0] @ self.power)
 
     def energy_j(self, work: Floats, idle_w: Floats, pace: Floats) -> Floats:
         """Energy (m,) of the whole group in steps of `work` (m, 4); see `pace_of`."""
-        z = self.columns(work)
-        if not self.timed:
+        z, span_s = self.columns(work), self.predict_s(work)
+        if span_s is None:
             features, span_s = self._features(z, pace)
             return np.asarray((idle_w + features @ self.power) * span_s)
-        features, span_s = self._features(z, None)
-        return np.asarray((idle_w + features @ self.power) * span_s * pace)
+        return np.asarray((idle_w + np.minimum(self.watts(z), self.cap_w)) * np.maximum(span_s, TINY) * pace)
 
     def _features(self, z: Floats, span_s: Floats | None) -> tuple[Floats, Floats]:
         c, a, b = self.times(z)

@@ -87,7 +87,7 @@ def price_steps(model: Model, steps: Steps, idle_w: Floats, chunks: Chunks | Non
         return Parts(*play_linear(model.overhead, power, model.timed, idle_w, span_s, busy_s, steps.work))
     chunks = whole_chunks(steps) if chunks is None else chunks
     still = 0.0 if model.pad_draws else model.compute[-1]
-    scalars = [model.exponent, model.wave, still]
+    scalars = [model.exponent, model.wave, still, model.cap_w, model.slows]
     flat = np.concatenate([model.overhead, model.compute, model.memory, model.power, scalars])
     own = chunks.first, chunks.tokens, chunks.attention
     return Parts(*play(flat, idle_w, span_s, busy_s, steps.work, steps.requests, *own), chunks)

@@ -113,3 +113,5 @@ def _print_fit(fit: dict[str, Any]) -> None:
             f"{percent('duration_rel_rms')} in time, {percent('power_rel_rms')} in power, "
             f"{percent('block_misfit_rel')} between blocks"
         )
+    if fit.get("capped_steps"):
+        say(f"  a power cap was seen to hold clocks down in {fit['capped_steps']:,} steps, which are priced by that")

@@ -202,6 +202,7 @@ def _fit_document(part: InstanceEnergy) -> dict[str, Any]:
         },
         "model": quality.model if quality else None,
         "steps": quality.steps if quality else 0,
+        "capped_steps": quality.capped if quality else 0,
         "sensor_windows": quality.windows if quality else 0,
         "duration_rel_rms": quality.duration_rel_rms if quality else None,
         "power_rel_rms": quality.power_rel_rms if quality else None,

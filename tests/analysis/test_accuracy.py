@@ -1,6 +1,7 @@
 """Errors and intervals on short made-up runs; `benchmarks/accuracy.py` has the long ones."""
 
 import numpy as np
+import polars as pl
 import pytest
 
 from analysis.energy import attribute_methods
@@ -58,3 +59,16 @@ def test_the_simulated_engines_own_requests_are_told_within_a_thousandth(virtual
     assert error.median_rel < 0.001
     assert error.p99_rel < 0.01
     assert error.worst_bucket_rel < 0.01
+
+
+def test_what_a_power_cap_does_to_heavy_steps_is_not_charged_to_light_ones(virtual_run, rewrite, tmp_path):
+    """Chat on four GPUs without a lock: large prefills run into the cap, and their clocks fall for a moment."""
+    trace, _ = synthesize("chat", 4.0, 60 * 10**9, 1)
+    run = virtual_run(tmp_path / "run", trace, tp=4, truth=True)
+    power = run.scan("power").collect()
+    assert ((power["throttle_reasons"] & 4) > 0).mean() > 0.1
+    (told,) = evaluate(run, ["shapley"])
+    (untold,) = evaluate(rewrite(run, power=power.with_columns(throttle_reasons=pl.lit(0, pl.UInt64))), ["shapley"])
+    assert told.median_rel < 0.005
+    assert told.p99_rel < 0.03
+    assert told.median_rel < 0.5 * untold.median_rel
