@@ -30,16 +30,26 @@ class Child:
         """Whether it runs."""
         return self.process is not None and self.process.returncode is None
 
-    async def start(self) -> dict[str, Any] | None:
-        """Start it; its first message, None when it ended without one. Cancelled, it leaves no process."""
+    async def start(self, first: bytes | None = None) -> dict[str, Any] | None:
+        """Start it; its first message, None when it ended without one. Cancelled, it leaves no process.
+
+        `first`: a line that it is told before.
+        """
         self.process = await asyncio.create_subprocess_exec(
             *self.argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
         )
+        if first is not None:
+            self.tell(first)
         try:
             return await anext(self.messages(), None)
         except BaseException:
             await self.stop()
             raise
+
+    def tell(self, line: bytes) -> None:
+        """Write `line` to its standard input."""
+        if self.process is not None and self.process.stdin is not None:
+            self.process.stdin.write(line + b"\n")
 
     async def messages(self) -> AsyncIterator[dict[str, Any]]:
         """What it says from now on, to its end."""

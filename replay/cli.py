@@ -4,26 +4,22 @@ import asyncio
 import os
 import shlex
 import sys
-from contextlib import closing
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
+from replay.gpu.cli import AsJson, clocks_app, parse_gpus, probe
 from replay.live import Progress, open_progress
 from replay.plan import RunOptions
 from replay.sim.cli import sim_app
-from tracegen.console import make_app, note, print_json, print_table, run_app, say
+from tracegen.console import make_app, print_json, run_app, say
 from tracegen.durations import parse_duration_ns
-from tracegen.errors import GpuError, ReplayError
+from tracegen.errors import ReplayError
 
 app = make_app("Send a trace to an LLM server at locked GPU clocks, and record requests, engine steps and power.")
-clocks_app = make_app("Show how GPUs run, and give them back to their driver.")
 app.add_typer(clocks_app, name="clocks")
 app.add_typer(sim_app, name="sim")
-
-AllGpus = Annotated[str | None, typer.Option("--gpus", help="GPUs, for example 0,1.", show_default="all")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 @app.callback()
@@ -38,7 +34,9 @@ def main() -> None:
 
 @app.command()
 def run(
-    trace: Annotated[Path, typer.Argument(help="Trace file, as `tracegen` writes it.", show_default=False)],
+    trace: Annotated[
+        Path | None, typer.Argument(help="Trace file, as `tracegen` writes it.", show_default=False)
+    ] = None,
     engine: Annotated[str, typer.Option(help="auto, sim, vllm, or the URL of a running server.")] = "auto",
     model: Annotated[
         str | None,
@@ -72,6 +70,13 @@ def run(
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="Run directory to write.", show_default="under runs/")
     ] = None,
+    resume: Annotated[
+        Path | None,
+        typer.Option(
+            help="Go on with the run in this directory, which was cut short: all else is as it was begun.",
+            show_default="a new run",
+        ),
+    ] = None,
     gpus: Annotated[
         str | None, typer.Option(help="GPUs that serve, for example 0,1.", show_default="the first ones")
     ] = None,
@@ -86,7 +91,8 @@ def run(
         str | None, typer.Option(help="Replay only this much of the trace: 90s, 10m.", show_default="all")
     ] = None,
     num_prompts: Annotated[
-        int | None, typer.Option(help="Replay only the first requests.", show_default="all", min=1)
+        int | None,
+        typer.Option("--num-prompts", "--limit", help="Replay only the first requests.", show_default="all", min=1),
     ] = None,
     overlong: Annotated[
         str, typer.Option(help="What to do with requests beyond the model's context: refuse, drop or clip.")
@@ -100,6 +106,21 @@ def run(
     max_rate: Annotated[
         float | None, typer.Option(help="Cap on requests per second; closes the loop.", show_default="none")
     ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(help="Processes that send.", show_default="as many as the load needs and cores there are", min=1),
+    ] = None,
+    endpoint: Annotated[
+        str, typer.Option(help="completions (token ids, exact lengths) or chat (words, about that long).")
+    ] = "completions",
+    stream: Annotated[bool, typer.Option(help="Ask for streams; off, no token has a time.")] = True,
+    time_scale: Annotated[
+        float, typer.Option(help="Stretch the trace's time by this much: 0.5 sends twice as fast.")
+    ] = 1.0,
+    ramp: Annotated[str, typer.Option(help="Let the rate rise linearly to the trace's own over this time.")] = "0s",
+    think_time: Annotated[
+        bool, typer.Option("--think-time", help="A session's turn leaves its think time after the turn before ended.")
+    ] = False,
     idle: Annotated[str, typer.Option(help="How long idle power is measured, before and after.")] = "5s",
     hardware: Annotated[
         str | None,
@@ -147,6 +168,12 @@ def run(
         list[str] | None, typer.Option(help="key=value kept in the manifest, repeatable.", show_default="none")
     ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress, only the summary.")] = False,
+    prometheus_port: Annotated[
+        int | None,
+        typer.Option(
+            help="Show the live figures at http://127.0.0.1:PORT/metrics too.", show_default="no", min=0, max=65535
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
 ) -> None:
     """Replay a trace, open loop, and write a run directory.
@@ -162,13 +189,18 @@ def run(
       replay run trace.parquet --engine vllm --model Qwen/Qwen3-8B --vllm-arg=--max-model-len=8192
       replay run trace.parquet --engine vllm --tp 2 --replicas 4 --freq 1200 --power-cap 500
       replay run trace.parquet --engine http://localhost:8000 --gpus 0,1 --tp 2 --steps /tmp/steps
+      replay run --resume runs/first
 
     A server's API key is read from the environment variable OPENAI_API_KEY.
     """
-    from replay.summary import lines, summarize
+    from replay.show import lines
+    from replay.summary import summarize
 
+    if (trace is None) is (resume is None):
+        raise ReplayError("give either a trace to replay or --resume and the run to go on with")
     options = RunOptions(
-        trace=trace,
+        trace=trace or Path(),
+        resume=resume,
         engine=engine,
         model=model,
         tp=tp,
@@ -181,7 +213,7 @@ def run(
         with_cpu=with_cpu,
         allow_busy=allow_busy,
         output=output,
-        gpus=_parse_gpus(gpus),
+        gpus=parse_gpus(gpus),
         port=port,
         hardware=hardware,
         vllm_python=vllm_python,
@@ -192,10 +224,16 @@ def run(
         api_key=os.environ.get("OPENAI_API_KEY"),
         duration_ns=None if duration is None else parse_duration_ns(duration),
         num_prompts=num_prompts,
+        time_scale=time_scale,
+        ramp_ns=parse_duration_ns(ramp, zero_ok=True),
         overlong=overlong,
         exact=ignore_eos,
         max_concurrency=max_concurrency,
         max_rate_rps=max_rate,
+        workers=workers,
+        endpoint=endpoint,
+        stream=stream,
+        think_time=think_time,
         idle_ns=parse_duration_ns(idle, zero_ok=True),
         ready_timeout_s=ready_check_timeout_sec,
         request_timeout_s=request_timeout_sec,
@@ -205,7 +243,7 @@ def run(
         metadata=_parse_metadata(metadata or []),
     )
     with open_progress(quiet=quiet) as progress:
-        run_dir = _run(options, progress)
+        run_dir = _run(options, progress, prometheus_port)
     summary = summarize(run_dir)
     if as_json:
         print_json(summary)
@@ -217,18 +255,79 @@ def run(
         sys.exit(130 if summary["state"] == "interrupted" else 1)
 
 
-def _run(options: RunOptions, progress: Progress) -> Path:
+def _run(options: RunOptions, progress: Progress, prometheus_port: int | None) -> Path:
     """Replay in wall time or in virtual time."""
     if options.virtual:
         from replay.virtual.run import run_virtual
 
+        if prometheus_port is not None:
+            raise ReplayError("--prometheus-port with --virtual: nothing goes on long enough to be watched")
         return run_virtual(options, progress)
+    import pyarrow as pa
     import uvloop
 
+    from replay.exposition import WatchedProgress, serve_metrics
     from replay.session import run as run_session
 
+    # Arrow's own allocator keeps 10 to 20 MiB more for itself; a load client's memory is the server's on one host.
+    pa.set_memory_pool(pa.system_memory_pool())
+
+    async def watched_run() -> Path:
+        watched = WatchedProgress(progress)
+        async with serve_metrics(prometheus_port, watched):
+            return await run_session(options, watched)
+
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(run_session(options, progress))
+        return runner.run(watched_run())
+
+
+RunDir = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.", show_default=False)]
+
+
+@app.command()
+def show(run_dir: RunDir, as_json: AsJson = False) -> None:
+    """Show a run on one screen: what was run, how it ended, rates, latencies, energy as read, verdicts.
+
+    Also of a run that was killed or still goes on, as far as it is on record.
+
+    \b
+    Examples:
+      replay show runs/first
+      replay show runs/first --json
+    """
+    from replay.show import lines
+    from replay.summary import summarize
+
+    summary = summarize(run_dir)
+    if as_json:
+        print_json(summary)
+    else:
+        say("\n".join(lines(summary)))
+
+
+@app.command()
+def check(run_dir: RunDir, as_json: AsJson = False) -> None:
+    """Say whether a run is whole, valid and reproducible, and which commands repeat it.
+
+    Whole: every table can be read, each request is on record once, no power or step is missing. Valid: no verdict is
+    against it. Reproducible: trace, arguments and constants are those of then. Changes nothing; exit status 1 where a
+    run is not whole or not valid.
+
+    \b
+    Examples:
+      replay check runs/first
+      replay check runs/first --json
+    """
+    from replay.whole import check as check_run
+    from replay.whole import good, lines
+
+    found = check_run(run_dir)
+    if as_json:
+        print_json(found)
+    else:
+        say("\n".join(lines(found)))
+    if not good(found):
+        sys.exit(1)
 
 
 @app.command()
@@ -257,120 +356,7 @@ def vllm_args(
     say(" ".join(["env", *words, "vllm", "serve", shlex.quote(model), *arguments]))
 
 
-@app.command()
-def probe(
-    gpus: AllGpus = None,
-    seconds: Annotated[float, typer.Option(help="How long each GPU is watched under load, s.", min=2)] = 20.0,
-    idle: Annotated[str, typer.Option(help="How long each GPU is watched at rest.")] = "5s",
-    load: Annotated[bool, typer.Option(help="Load the GPU on and off; without, windows and lags stay unknown.")] = True,
-    output: Annotated[
-        Path | None, typer.Option("-o", "--output", help="File to write.", show_default="where runs look for it")
-    ] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Measure how this machine's power sensors behave: period, window, lag, counter step, idle power.
-
-    What is found is used by every later run on that GPU, in place of what is published for its model. The GPUs must
-    be free.
-
-    \b
-    Examples:
-      replay probe
-      replay probe --gpus 0 --seconds 60
-      replay probe --gpus 0 --no-load --json
-    """
-    from dataclasses import asdict
-
-    from replay.gpu.probe import probe_gpus
-    from replay.gpu.sensor_profiles import lines
-
-    idle_s = parse_duration_ns(idle) / 1e9
-    found = probe_gpus(
-        "nvml", _parse_gpus(gpus), with_load=load, idle_s=idle_s, seconds=seconds, output=output, say=note
-    )
-    if as_json:
-        print_json([{**asdict(profile), "file": str(path)} for profile, path in found])
-        return
-    for profile, path in found:
-        say("\n".join(lines(profile)))
-        say(f"wrote {path}")
-
-
-@clocks_app.command("show")
-def clocks_show(as_json: AsJson = False) -> None:
-    """Show each GPU's clocks, power, limits and processes.
-
-    Whether a clock is locked no driver tells: see the clock beside its range, and what throttles it.
-
-    \b
-    Examples:
-      replay clocks show
-      replay clocks show --json
-    """
-    from replay.gpu.base import open_gpus
-    from replay.gpu.clocks import show
-
-    with closing(open_gpus("nvml")) as gpus:
-        entries = show(gpus)
-    if as_json:
-        print_json(entries)
-        return
-    columns = ["GPU", "name", "SM clock", "of", "power", "limit", "temperature", "throttled by", "processes"]
-    print_table(columns, [_clock_row(entry) for entry in entries], left=[True] * 2 + [False] * 5 + [True] * 2)
-
-
-@clocks_app.command("reset")
-def clocks_reset(gpus: AllGpus = None) -> None:
-    """Unlock the SM clocks and restore the default power limits.
-
-    A run gives back what it set by itself, also when it is killed; this is for what others left.
-
-    \b
-    Examples:
-      replay clocks reset
-      replay clocks reset --gpus 0,1
-    """
-    from replay.gpu.base import open_gpus
-    from replay.gpu.clocks import reset
-
-    with closing(open_gpus("nvml")) as opened:
-        indices = _parse_gpus(gpus) or tuple(device.gpu for device in opened.devices())
-        done, refused = reset(opened, indices)
-    for line in done:
-        say(line)
-    if refused:
-        raise GpuError("; ".join(refused))
-
-
-def _clock_row(entry: dict[str, Any]) -> list[str]:
-    """A GPU of `replay clocks show` as cells."""
-    if entry["error"] is not None:
-        return [str(entry["gpu"]), entry["name"], *["-"] * 5, entry["error"], "-"]
-
-    def number(value: float | None, unit: str) -> str:
-        return "-" if value is None else f"{value:,.0f} {unit}"
-
-    clocks = f"{entry['sm_clock_lowest_mhz'] or '?'}-{entry['sm_clock_highest_mhz'] or '?'}"
-    processes = [f"{process['pid']} {process['name'] or ''}".strip() for process in entry["processes"]]
-    return [
-        str(entry["gpu"]), entry["name"], number(entry["sm_clock_mhz"], "MHz"), clocks, number(entry["power_w"], "W"),
-        number(entry["power_limit_w"], "W"), number(entry["temperature_c"], "°C"),
-        ", ".join(entry["throttled_by"] or []) or "-", ", ".join(processes) or "-",
-    ]  # fmt: skip
-
-
-def _parse_gpus(text: str | None) -> tuple[int, ...] | None:
-    """Indices as in `0,1` or `0-3`. Raises `ReplayError` for anything else."""
-    if text is None:
-        return None
-    result: list[int] = []
-    try:
-        for part in text.split(","):
-            first, _, last = part.partition("-")
-            result += range(int(first), int(last or first) + 1)
-    except ValueError:
-        raise ReplayError(f"--gpus {text}: give GPU indices, for example 0,1 or 0-3") from None
-    return tuple(result)
+app.command()(probe)
 
 
 def _parse_metadata(pairs: list[str]) -> dict[str, str]:

@@ -8,13 +8,15 @@ from typing import Any
 import polars as pl
 
 from replay import verdicts
+from replay.compaction import compact_requests
+from replay.counters import Window
 from replay.engines.base import Engine
-from replay.rundir import TABLES, compact, has_table, scan_table, write_manifest
+from replay.rundir import REQUESTS, TABLES, compact, has_table, scan_table, write_manifest
+from replay.summary import stretches
 from tracegen.errors import RunError
 from tracegen.schema import write_parquet
 
 _SORT = {
-    "requests": ["scheduled_ns", "request_id"],
     "steps": ["instance", "step"],
     "segments": ["instance", "first_step", "request_id"],
     "arrivals": ["instance", "arrival_ns"],
@@ -31,6 +33,7 @@ def finish_run(run_dir: Path, manifest: dict[str, Any], engine: Engine, late_ns:
     `manifest["state"]` becomes `complete`, unless it says that the run was interrupted or failed. `late_ns` are the
     event loop's delays.
     """
+    compact_requests(run_dir)
     for table in TABLES:
         compact(run_dir, table, sort_by=_SORT.get(table, []), merge=merge_segments if table == "segments" else None)
     # An engine that died took its last steps along, and with them what they truly cost.
@@ -38,9 +41,11 @@ def finish_run(run_dir: Path, manifest: dict[str, Any], engine: Engine, late_ns:
     truth = None if unwanted else engine.truth(run_dir)
     if truth is not None:
         write_parquet(truth.to_arrow(compat_level=pl.CompatLevel.oldest()), run_dir / "truth.parquet")
-    manifest["verdicts"] = [asdict(verdict) for verdict in judge(run_dir, manifest, late_ns)]
+    judged = judge(run_dir, manifest, late_ns)
     if manifest["state"] == "finishing":
         manifest["state"] = "complete"
+    manifest["verdicts"] = [asdict(verdict) for verdict in judged]
+    manifest |= verdicts.validity(manifest["state"], judged, manifest.get("failure"))
     write_manifest(run_dir, manifest)
 
 
@@ -78,32 +83,39 @@ def _above(name: str) -> pl.Expr:
     return pl.col(name).shift(1)
 
 
+def _within(column: str, windows: Sequence[Window]) -> pl.Expr:
+    """Whether a time is in one of `windows`."""
+    return pl.any_horizontal(pl.col(column).is_between(*window) for window in windows)
+
+
 def judge(run_dir: Path, manifest: dict[str, Any], late_ns: Sequence[int]) -> list[verdicts.Verdict]:
-    """Every verdict on the run in `run_dir`."""
+    """Every verdict on the run in `run_dir`; where it was resumed and a pause would tell, on its worst stretch."""
 
-    def table(name: str) -> pl.DataFrame | None:
-        return scan_table(run_dir, name).collect() if has_table(run_dir, name) else None
+    def table(name: str, columns: Sequence[str] | None = None) -> pl.DataFrame | None:
+        return scan_table(run_dir, name, columns).collect() if has_table(run_dir, name) else None
 
-    requests, trace, power = table("requests"), table("trace"), table("power")
+    requests, trace, power = table("requests", list(REQUESTS)), table("trace"), table("power")
     if requests is None or trace is None:
         raise RunError(f"{run_dir}: no request was recorded")
+    windows = stretches(manifest, None)
     gpus, freq_mhz = manifest["gpus"], manifest["instances"][0]["freq_mhz"]
     serving = [gpu for entry in manifest["instances"] for gpu in entry["gpus"]]
-    window = manifest["measure_start_ns"], manifest["measure_end_ns"]
     mine = [gpu for gpu in gpus if gpu["gpu"] in serving]
     before, after = ([gpu.get(key, {}) for gpu in mine] for key in ("idle_power_w", "idle_power_after_w"))
     arguments = manifest["arguments"]
-    during = None if power is None else power.filter(pl.col("t_ns").is_between(*window))
+    during = None if power is None else power.filter(_within("t_ns", windows))
+    each = [requests.filter(_within("sent_ns", [window])) for window in windows] if len(windows) > 1 else [requests]
     return [
-        verdicts.all_answered(requests, trace.height),
+        verdicts.error_rate(requests, trace.height),
         verdicts.open_loop(arguments["max_concurrency"], arguments["max_rate_rps"]),
         verdicts.dispatch_lag(requests),
         verdicts.loop_stall(late_ns),
+        verdicts.clock_offset(manifest["hosts"], manifest["clock_anchors"]),
         verdicts.lengths_exact(requests, trace),
-        verdicts.saturated(requests),
+        verdicts.worst([verdicts.saturated(sent) for sent in each]),
         verdicts.steps_complete(table("steps"), table("segments"), requests),
         verdicts.clocks_held(during, serving, freq_mhz, _held_mhz(manifest)),
-        verdicts.sensor_alive(power, serving, *window),
-        verdicts.counter_agrees(power, serving, *window),
+        verdicts.worst([verdicts.sensor_alive(power, serving, *window) for window in windows]),
+        verdicts.worst([verdicts.counter_agrees(power, serving, *window) for window in windows]),
         verdicts.idle_measured(before, after),
     ]

@@ -1,17 +1,26 @@
-"""What a run shows while it goes on: a live table in a terminal, plain lines elsewhere, nothing with `--quiet`."""
+"""What a run shows while it goes on: a live picture in a terminal, plain lines elsewhere, nothing with `--quiet`."""
 
+import contextlib
 import sys
 from dataclasses import dataclass
+from functools import partial
+from queue import SimpleQueue
+from threading import Lock, Thread
 from types import TracebackType
-from typing import Protocol, Self
+from typing import TYPE_CHECKING, Protocol, Self
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.live import Live
-from rich.table import Table
 
-from replay.clock import NS_PER_MS, NS_PER_S, now_ns
+from replay.clock import NS_PER_S, now_ns
+from replay.dashboard import History, number, pair, render
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 _PLAIN_PERIOD_NS = 5 * NS_PER_S
+_LIVE_PERIOD_NS = NS_PER_S // 2
+_LEAVE_S = 2.0  # how long a terminal that stands still is waited for at the end
 
 
 @dataclass(frozen=True)
@@ -31,6 +40,12 @@ class Snapshot:
     output_tokens_per_s: float | None
     watts: float | None
     clock_mhz: int | None
+    target_rps: float | None = None  # requests that came due over the last seconds
+    sent_rps: float | None = None  # requests that were sent over the same seconds
+    tbt_p50_ns: float | None = None  # time between tokens
+    tbt_p99_ns: float | None = None
+    joules_per_token: float | None = None  # power by output rate, both over the last seconds
+    simulated: bool = False  # of a simulated engine: what is shown says so
 
 
 class Progress(Protocol):
@@ -64,16 +79,8 @@ def open_progress(*, quiet: bool) -> Progress:
     return LiveProgress() if sys.stderr.isatty() else PlainProgress()
 
 
-def _ms(ns: float | None) -> str:
-    return "-" if ns is None else f"{ns / NS_PER_MS:,.1f} ms"
-
-
-def _number(value: float | None, unit: str) -> str:
-    return "-" if value is None else f"{value:,.0f} {unit}"
-
-
 def cells(snapshot: Snapshot) -> list[tuple[str, str]]:
-    """The figures of `snapshot` as (name, text) pairs."""
+    """The figures of `snapshot` as (name, text) pairs, for a line."""
     s = snapshot
     waiting = ", waiting for answers" if s.elapsed_ns > s.planned_ns and s.sent == s.planned else ""
     return [
@@ -81,50 +88,89 @@ def cells(snapshot: Snapshot) -> list[tuple[str, str]]:
         ("sent", f"{s.sent:,} / {s.planned:,}"),
         ("in flight", f"{s.sent - s.ended:,}"),
         ("errors", f"{s.errors:,}"),
-        ("lag p50 / p99", f"{_ms(s.lag_p50_ns)} / {_ms(s.lag_p99_ns)}"),
-        ("TTFT p50 / p99", f"{_ms(s.ttft_p50_ns)} / {_ms(s.ttft_p99_ns)}"),
-        ("output", _number(s.output_tokens_per_s, "tokens/s")),
-        ("power", _number(s.watts, "W")),
-        ("SM clock", _number(s.clock_mhz, "MHz")),
+        ("rate", f"{number(s.sent_rps, 1)} of {number(s.target_rps, 1)} requests/s"),
+        ("lag", pair(s.lag_p50_ns, s.lag_p99_ns)),
+        ("TTFT", pair(s.ttft_p50_ns, s.ttft_p99_ns)),
+        ("TBT", pair(s.tbt_p50_ns, s.tbt_p99_ns)),
+        ("output", f"{number(s.output_tokens_per_s)} tokens/s"),
+        ("power", f"{number(s.watts)} W"),
+        ("energy", f"{number(s.joules_per_token, 2)} J/token"),
+        ("SM clock", f"{number(s.clock_mhz)} MHz"),
     ]
 
 
 class LiveProgress:
-    """A table that redraws in place."""
+    """A picture that redraws in place.
+
+    A thread of its own writes, for a terminal can stand still (Ctrl-S) and a run must not. What cannot be written in
+    time is left out, but for what is said.
+    """
 
     def __init__(self) -> None:
         self._console = Console(stderr=True, highlight=False, markup=False)
         self._live = Live(console=self._console, auto_refresh=False, transient=True)
+        self._history = History()
+        self._next_ns = 0
+        self._picture: RenderableType | None = None  # the latest that was not drawn yet
+        self._lock = Lock()
+        self._actions: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self._writer = Thread(target=self._write, name="terminal", daemon=True)
 
     def __enter__(self) -> Self:
         """Take the terminal's last lines."""
-        self._live.start()
+        self._actions.put(partial(self._live.start, refresh=False))
+        self._writer.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Give them back."""
-        self._live.stop()
+        """Give them back, unless the terminal stands still."""
+        self._actions.put(self._live.stop)
+        self._actions.put(None)
+        self._writer.join(_LEAVE_S)
 
     def say(self, message: str) -> None:
-        """Print above the table."""
-        self._console.print(message)
+        """Print above the picture."""
+        self._actions.put(partial(self._console.print, message))
 
     def warn(self, message: str) -> None:
-        """Print it above the table."""
+        """Print it above the picture."""
         self.say(f"WARNING: {message}")
 
     def status(self, message: str) -> None:
-        """Show `message` in the table's place."""
-        self._live.update(message, refresh=True)
+        """Show `message` in the picture's place."""
+        self._draw(message)
 
     def update(self, snapshot: Snapshot) -> None:
-        """Redraw the table."""
-        table = Table.grid(padding=(0, 2))
-        for name, text in cells(snapshot):
-            table.add_row(name, text)
-        self._live.update(table, refresh=True)
+        """Redraw the picture, not more than twice a second."""
+        self._history.add(snapshot)
+        if now_ns() >= self._next_ns:
+            self._next_ns = now_ns() + _LIVE_PERIOD_NS
+            self._draw(render(snapshot, self._history))
+
+    def _draw(self, picture: RenderableType) -> None:
+        """Have `picture` drawn, in place of one that has not been drawn yet."""
+        waiting = self._exchange(picture)
+        if waiting is None:
+            self._actions.put(self._draw_latest)
+
+    def _draw_latest(self) -> None:
+        picture = self._exchange(None)
+        assert picture is not None
+        self._live.update(picture, refresh=True)
+
+    def _exchange(self, picture: RenderableType | None) -> RenderableType | None:
+        """Put `picture` in the place of the latest, which is given back."""
+        with self._lock:
+            before, self._picture = self._picture, picture
+        return before
+
+    def _write(self) -> None:
+        """Do what is asked, until told to end or the terminal is gone: then nobody is left to be told."""
+        with contextlib.suppress(OSError):
+            while (action := self._actions.get()) is not None:
+                action()
 
 
 class PlainProgress:

@@ -24,6 +24,7 @@ from tracegen.schema import TRACE, read_metadata, read_trace
 
 _VLLM_WARMUPS = 8  # one for each of the trace's octiles of input length
 OVERLONG = ("refuse", "drop", "clip")
+ENDPOINTS = ("completions", "chat")
 ROUTERS = ("session", "round-robin", "least-loaded")
 LEAST_LOADED = -1  # in place of an instance: whichever has the least to do when the request comes
 POWER = ("nvml", "csv:FILE", "prometheus:URL")
@@ -46,6 +47,7 @@ class RunOptions:
     with_cpu: bool = False
     allow_busy: bool = False
     output: Path | None = None
+    resume: Path | None = None  # go on with the run in this directory; everything else is as it was begun
     gpus: tuple[int, ...] | None = None
     port: int | None = None
     hardware: str | None = None  # that the simulated engine simulates: a name or a TOML file; None: a DGX-H100
@@ -57,10 +59,16 @@ class RunOptions:
     api_key: str | None = field(default=None, repr=False)  # of an attached server; never written down
     duration_ns: int | None = None  # replay this much of the trace
     num_prompts: int | None = None
+    time_scale: float = 1.0  # times this much the trace's distances
+    ramp_ns: int = 0  # from no load to the trace's own rate
     overlong: str = "refuse"
     exact: bool = True
     max_concurrency: int | None = None
     max_rate_rps: float | None = None
+    workers: int | None = None  # processes that send; None: as many as the load needs
+    endpoint: str = "completions"  # one of `ENDPOINTS`
+    stream: bool = True
+    think_time: bool = False  # turns wait for the one before them
     idle_ns: int = 5 * NS_PER_S  # idle power is measured this long, before and after
     ready_timeout_s: float = 600.0
     request_timeout_s: float | None = None
@@ -106,7 +114,7 @@ def make_plan(options: RunOptions) -> Plan:
     if prioritized(trace):
         check_by_priority(engine, options)
     named = len(options.gpus or ()) // options.replicas
-    profile = _simulated(options) if engine == "sim" else None
+    profile = simulated_profile(options) if engine == "sim" else None
     tp = options.tp or named or (_smallest_tp(profile) if profile else 1)
     groups = _choose_gpus(options, engine, tp)
     _check_for_engine(options, engine, known_gpus=bool(groups[0]))
@@ -127,7 +135,7 @@ def make_plan(options: RunOptions) -> Plan:
     )  # fmt: skip
 
 
-def _simulated(options: RunOptions) -> Profile:
+def simulated_profile(options: RunOptions) -> Profile:
     """The simulated node and model, as the options want them served."""
     profile = load_profile(options.hardware or DEFAULT_HARDWARE, options.model or DEFAULT_SIM_MODEL)
     capped(profile, options.power_cap_w)  # a cap that cannot be is an error here
@@ -147,15 +155,21 @@ def _smallest_tp(profile: Profile) -> int:
 
 def _check_values(options: RunOptions) -> None:
     """Raise `ReplayError` for a value that is wrong with any engine."""
-    for name, given, known in (("--overlong", options.overlong, OVERLONG), ("--router", options.router, ROUTERS)):
+    for name, given, known in (
+        ("--overlong", options.overlong, OVERLONG),
+        ("--router", options.router, ROUTERS),
+        ("--endpoint", options.endpoint, ENDPOINTS),
+    ):
         if given not in known:
             raise ReplayError(f"{name} {given}: use one of {', '.join(known)}")
     for name, value in (
         ("--tp", options.tp),
         ("--replicas", options.replicas),
         ("--num-prompts", options.num_prompts),
+        ("--time-scale", options.time_scale),
         ("--max-concurrency", options.max_concurrency),
         ("--max-rate", options.max_rate_rps),
+        ("--workers", options.workers),
         ("--power-cap", options.power_cap_w),
         ("--ready-check-timeout-sec", options.ready_timeout_s),
         ("--request-timeout-sec", options.request_timeout_s),
@@ -180,6 +194,12 @@ def _check_virtual(options: RunOptions) -> None:
     for name, given, why in (
         ("--max-concurrency", options.max_concurrency, loop),
         ("--max-rate", options.max_rate_rps, loop),
+        ("--workers", options.workers, loop),
+        ("--think-time", options.think_time, loop),
+        ("--time-scale", options.time_scale != 1, "'tracegen' makes such a trace"),
+        ("--ramp", options.ramp_ns, "'tracegen' makes such a trace"),
+        ("--endpoint", options.endpoint != RunOptions.endpoint, server),
+        ("--no-stream", not options.stream, server),
         ("--port", options.port, server),
         ("--vllm-python", options.vllm_python, server),
         ("--ready-check-timeout-sec", options.ready_timeout_s != RunOptions.ready_timeout_s, server),
@@ -254,7 +274,23 @@ def _slice(trace: pl.DataFrame, options: RunOptions) -> pl.DataFrame:
         trace = trace.filter(pl.col("arrival_ns") < options.duration_ns)
         if trace.is_empty():
             raise ReplayError(f"{options.trace}: no request arrives within --duration; give a longer one")
-    return trace if options.num_prompts is None else trace.head(options.num_prompts)
+    trace = trace if options.num_prompts is None else trace.head(options.num_prompts)
+    arrival_ns = trace["arrival_ns"].to_numpy()
+    if options.time_scale != 1:
+        arrival_ns = (arrival_ns * options.time_scale).astype(np.int64)
+    if options.ramp_ns:
+        arrival_ns = ramped(arrival_ns, options.ramp_ns)
+    return trace.with_columns(pl.Series("arrival_ns", arrival_ns))
+
+
+def ramped(arrival_ns: npt.NDArray[np.int64], ramp_ns: int) -> npt.NDArray[np.int64]:
+    """When requests are due whose rate rises linearly from nothing to the trace's own over `ramp_ns`, then stays so.
+
+    What the trace sends up to t is sent up to w, where t = w² / 2R for w < R = `ramp_ns`, and t = w - R/2 after: the
+    rate at w is w/R of the trace's, nobody is left out, and gaps after the ramp are the trace's.
+    """
+    rising = np.sqrt(2.0 * ramp_ns * arrival_ns).astype(np.int64)
+    return np.where(arrival_ns < ramp_ns / 2, rising, arrival_ns + ramp_ns // 2)
 
 
 def _choose_engine(options: RunOptions) -> tuple[str, str]:
@@ -298,6 +334,8 @@ def _choose_gpus(options: RunOptions, engine: str, tp: int) -> tuple[tuple[int, 
 
 def _run_dir(options: RunOptions, engine: str, tp: int) -> Path:
     """Where the run goes; a directory that holds something is never written over."""
+    if options.resume is not None:
+        return options.resume
     if options.output is not None:
         if options.output.exists() and (not options.output.is_dir() or any(options.output.iterdir())):
             raise ReplayError(f"{options.output}: exists already; a run is never overwritten, give another -o")

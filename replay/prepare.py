@@ -8,17 +8,16 @@ with the caller's exit stack, in reverse order.
 import asyncio
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from replay.clock import NS_PER_S, now_ns
 from replay.engines.attach import AttachedEngine
 from replay.engines.base import Engine, Served
 from replay.engines.process import check_port, free_port
-from replay.engines.sim import SimEngine
 from replay.engines.vllm import VllmEngine, VllmLaunch
 from replay.gpu.base import Gpus, PowerSource, open_gpus, open_power
 from replay.gpu.baseline import idle_power_w
@@ -26,15 +25,16 @@ from replay.gpu.occupancy import check_free, check_whole
 from replay.gpu.sampler import Sampler
 from replay.gpu.sensor_profiles import known_sensors
 from replay.gpu.settings import GpuSettings, check_power_cap, nearest_clock
-from replay.gpu.sim import SimBoard
 from replay.live import Progress
 from replay.manifest import host
 from replay.plan import Plan
 from replay.rundir import scan_table, write_manifest
-from replay.sim.hardware import Hardware
 from replay.steplog import StepFollower
 from replay.warmup import warm_up
 from tracegen.errors import GpuError, ReplayError
+
+if TYPE_CHECKING:  # the simulator's compiled loops take 70 MiB, which a real engine's load client does not need
+    from replay.sim.hardware import Hardware
 
 _SETTLE_NS = NS_PER_S // 2  # between the last work and the idle baseline
 _REDRAW_S = 0.25
@@ -53,6 +53,9 @@ class Prepared:
     sampler: Sampler | None = None
     settings: GpuSettings | None = None
     locked_mhz: int | None = None
+    # Of a run that goes on: where each instance's steps' numbers begin, and what a simulated node's counters showed.
+    first_steps: Mapping[int, int] = field(default_factory=dict)
+    counters: Mapping[int, tuple[int, int]] = field(default_factory=dict)
 
 
 async def prepare(plan: Plan, prepared: Prepared, stack: AsyncExitStack, progress: Progress) -> None:
@@ -61,11 +64,16 @@ async def prepare(plan: Plan, prepared: Prepared, stack: AsyncExitStack, progres
     Raises a `WattraceError` with what is wrong and what to do.
     """
     ports = _ports(plan)
-    hardware = None if plan.profile is None else Hardware(plan.profile, plan.tp)
+    hardware = None
+    if plan.profile is not None:
+        from replay.sim.hardware import Hardware
+
+        hardware = Hardware(plan.profile, plan.tp)
     uuids = await _prepare_gpus(plan, prepared, hardware, stack, progress)
     for number, group in enumerate(plan.groups):
         ids = [uuids[gpu] for gpu in group] if uuids else []
-        engine = _make_engine(plan, number, hardware, ports[number], ids, progress)
+        first_step = prepared.first_steps.get(number, 0)
+        engine = _make_engine(plan, number, hardware, ports[number], ids, first_step, progress)
         prepared.manifest["instances"][number]["command"] = engine.command
         prepared.engines.append(engine)
         await stack.enter_async_context(engine)
@@ -96,10 +104,10 @@ def _ports(plan: Plan) -> list[int]:
 
 
 async def _prepare_gpus(
-    plan: Plan, prepared: Prepared, hardware: Hardware | None, stack: AsyncExitStack, progress: Progress
+    plan: Plan, prepared: Prepared, hardware: "Hardware | None", stack: AsyncExitStack, progress: Progress
 ) -> dict[int, str]:
     """Describe, check and set the GPUs and start the sampler; UUIDs by index, empty where no GPU is known."""
-    spec = _gpu_spec(plan, hardware, stack)
+    spec = _gpu_spec(plan, prepared, hardware, stack)
     if spec is None:
         if plan.options.with_cpu:
             raise ReplayError("--with-cpu goes with a power source: name the server's GPUs with --gpus")
@@ -126,11 +134,13 @@ async def _prepare_gpus(
     return uuids
 
 
-def _gpu_spec(plan: Plan, hardware: Hardware | None, stack: AsyncExitStack) -> str | None:
+def _gpu_spec(plan: Plan, prepared: Prepared, hardware: "Hardware | None", stack: AsyncExitStack) -> str | None:
     """Where the GPUs are found, as `open_gpus` takes it; None where they are not known."""
     if hardware is not None:
         board = plan.run_dir / _BOARD
-        SimBoard.create(board, hardware.profile, seed=plan.options.seed).close()
+        from replay.gpu.sim import SimBoard
+
+        SimBoard.create(board, hardware.profile, seed=plan.options.seed, counters=prepared.counters).close()
         stack.callback(board.unlink, missing_ok=True)
         return f"sim:{board}"
     return "nvml" if plan.gpus else None
@@ -198,15 +208,24 @@ def check_settings(plan: Plan, prepared: Prepared, gpus: Gpus, progress: Progres
 
 
 def _make_engine(
-    plan: Plan, number: int, hardware: Hardware | None, port: int, uuids: Sequence[str], progress: Progress
+    plan: Plan,
+    number: int,
+    hardware: "Hardware | None",
+    port: int,
+    uuids: Sequence[str],
+    first_step: int,
+    progress: Progress,
 ) -> Engine:
     """The engine that instance `number` of the plan is, not yet started."""
     options, run_dir = plan.options, plan.run_dir
     log = run_dir / ("server.log" if number == 0 else f"server-{number}.log")
     if hardware is not None:
+        from replay.engines.sim import SimEngine
+
         return SimEngine(
             hardware, plan.groups[number], plan.model or "", port, run_dir / _BOARD, run_dir, number, log,
             options.ready_timeout_s, progress.status, vllm_args=options.vllm_args, power_cap_w=options.power_cap_w,
+            first_step=first_step,
         )  # fmt: skip
     if plan.engine == "vllm":
         steps = None if plan.no_steps else run_dir / _STEP_LOGS / str(number)
@@ -225,7 +244,8 @@ async def _follow_steps(plan: Plan, prepared: Prepared, stack: AsyncExitStack, p
         reasons.append("the server was not asked for them; see 'replay vllm-args'")
     for number, engine in enumerate(prepared.engines):
         if engine.step_log is not None:
-            follower = StepFollower(engine.step_log, plan.run_dir, number, since_ns, run_prefix(prepared.manifest))
+            first_step, prefix = prepared.first_steps.get(number, 0), run_prefix(prepared.manifest)
+            follower = StepFollower(engine.step_log, plan.run_dir, number, since_ns, prefix, first_step)
             prepared.followers.append(await stack.enter_async_context(follower))
             if follower.error is not None:
                 if plan.options.steps is not None:

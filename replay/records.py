@@ -1,18 +1,25 @@
-"""The records of requests: what is in flight, what has ended, flushed to the run directory every second."""
+"""From the load workers' logs to `requests.parquet`, a part a second; and what a kill left of them."""
 
 import asyncio
-from collections import deque
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 import polars as pl
+import pyarrow as pa
 
-from replay.client import Record
-from replay.rundir import REQUESTS, REQUESTS_OPTIONAL, PartWriter
+from replay import reqlog, shards
+from replay.reqlog import files, number_of, owner_of
+from replay.rundir import REQUESTS, PartWriter, read_manifest
+from replay.stream import Record
+from tracegen.errors import ReplayError
 
-_SCHEMA = pl.Schema({**REQUESTS, **REQUESTS_OPTIONAL})
 _FLUSH_S = 1.0
-_RECENT = 1000  # requests that the live figures look back on
+_ROW_BYTES = 250  # of a request, in the log and in the table
+_TOKEN_BYTES = 14  # of a token's time and count, likewise
+_COPIES = 2.5  # parts and the table made of them stand beside each other for a while
+_SPARE_BYTES = 64 << 20  # for power, steps and logs
 
 
 async def finish_in_thread(write: Callable[[], None]) -> None:
@@ -25,53 +32,111 @@ async def finish_in_thread(write: Callable[[], None]) -> None:
         raise
 
 
-def to_frame(records: list[Record], *, save_chunks: bool = True) -> pl.DataFrame:
+def to_frame(records: Sequence[Record], *, save_chunks: bool = True) -> pl.DataFrame:
     """`requests.parquet` rows of `records`, with or without the time and tokens of each chunk."""
-    schema = _SCHEMA if save_chunks else REQUESTS
-    rows = [tuple(getattr(record, name) for name in schema) for record in records]
-    return pl.DataFrame(rows, schema=schema, orient="row")
+    frame = pl.DataFrame({name: [getattr(r, name) for r in records] for name in REQUESTS}, schema=REQUESTS)
+    if not save_chunks:
+        return frame
+    times = b"".join(r.chunk_ns.tobytes() for r in records)
+    tokens = b"".join(b"" if r.chunk_tokens is None else r.chunk_tokens.tobytes() for r in records)
+    sizes = [len(r.chunk_ns) for r in records]
+    known = [None if r.chunk_tokens is None else len(r.chunk_tokens) for r in records]
+    return frame.with_columns(
+        _lists("chunk_ns", sizes, pa.int64(), times), _lists("chunk_tokens", known, pa.uint16(), tokens)
+    )
+
+
+def _lists(name: str, sizes: Sequence[int | None], inner: pa.DataType, values: bytes) -> pl.Series:
+    """A column of lists of `inner`: `values` cut into `sizes`, None for a null.
+
+    Made of buffers: what makes Arrow arrays of Python's lists imports pandas where it is installed, 30 MiB.
+    """
+    ends = np.zeros(len(sizes) + 1, np.int64)
+    np.cumsum([size or 0 for size in sizes], out=ends[1:])
+    valid = np.packbits([size is not None for size in sizes], bitorder="little")
+    flat = pa.Array.from_buffers(inner, int(ends[-1]), [None, pa.py_buffer(values)])
+    buffers = [pa.py_buffer(valid.tobytes()), pa.py_buffer(ends.tobytes())]
+    lists = pa.Array.from_buffers(pa.large_list(inner), len(sizes), buffers, children=[flat])
+    return pl.Series(name, lists)
 
 
 class RecordStore:
-    """Takes each record when its request ends; memory is bounded by what a second brings."""
+    """Stores what the workers of a run have logged; memory is bounded by what a second brings."""
 
     def __init__(self, run_dir: Path, *, save_chunks: bool = True) -> None:
-        self._save_chunks = save_chunks
-        self._writer = PartWriter(run_dir, "requests")
-        self._waiting: list[Record] = []
-        self.sent = 0
-        self.ended = 0
-        self.errors = 0
-        self._tokens_ended = 0
-        self._open: set[Record] = set()
-        self.recent: deque[Record] = deque(maxlen=_RECENT)
+        """Where the logs and the table are."""
+        self._run_dir, self._save_chunks = run_dir, save_chunks
+        (run_dir / "requests.parquet").mkdir(exist_ok=True)
 
-    def start(self, record: Record) -> None:
-        """Take a request that is being sent."""
-        self.sent += 1
-        self._open.add(record)
-        self.recent.append(record)
+    def store(self, *, rest: bool = False) -> int:
+        """Store the files that are whole, or with the `rest` those too that a kill cut off.
 
-    def end(self, record: Record) -> None:
-        """Take an ended request."""
-        self.ended += record in self._open  # a cap may have held it back until the end
-        self.errors += record.status != "ok"
-        self._tokens_ended += record.output_tokens or 0
-        self._open.discard(record)
-        self._waiting.append(record)
+        How many records were stored. Raises `OSError` when the table cannot be written.
+        """
+        return sum(self._store(path) for path in files(self._run_dir, cut_off=rest))
 
-    def output_tokens(self) -> int:
-        """Output tokens that have come so far, of requests in flight too."""
-        return self._tokens_ended + sum(record.output_tokens or 0 for record in self._open)
+    def _store(self, path: Path) -> int:
+        """Store one file as the part of its name, and remove it."""
+        records: list[Record] = []
+        writer = PartWriter(self._run_dir, "requests", prefix=owner_of(path))
+        # A part is renamed into place when it is whole: its log was not removed in time, and says nothing new.
+        if not (self._run_dir / "requests.parquet" / f"{path.stem}.parquet").exists():
+            records = list(reqlog.read(path))
+            writer.append(to_frame(records, save_chunks=self._save_chunks), number_of(path))
+        path.unlink()
+        return len(records)
 
-    async def flush(self) -> None:
-        """Write what has ended since the last flush, off the event loop."""
-        records, self._waiting = self._waiting, []
-        if records:
-            await finish_in_thread(lambda: self._writer.append(to_frame(records, save_chunks=self._save_chunks)))
+    def _store_whole(self) -> None:
+        self.store()
 
-    async def flush_forever(self) -> None:
-        """Flush once a second until cancelled."""
+    def _store_rest(self) -> None:
+        self.store(rest=True)
+
+    async def store_forever(self) -> None:
+        """Store once a second until cancelled."""
         while True:
             await asyncio.sleep(_FLUSH_S)
-            await self.flush()
+            await finish_in_thread(self._store_whole)
+
+    async def close(self) -> None:
+        """Store what is left, once the workers have ended, and remove what they were given."""
+        await finish_in_thread(self._store_rest)
+        _clear(self._run_dir)
+
+
+def recover(run_dir: Path) -> int:
+    """Store what a killed run's workers had logged; how many records that were.
+
+    Raises `RunError` when `run_dir` is no run directory, `OSError` when it cannot be written.
+    """
+    stored = 0
+    if files(run_dir, cut_off=True):
+        arguments = read_manifest(run_dir).get("arguments", {})
+        stored = RecordStore(run_dir, save_chunks=arguments.get("save_chunks") is not False).store(rest=True)
+    _clear(run_dir)
+    return stored
+
+
+def left_over(run_dir: Path) -> int:
+    """How many records are in logs that no part has yet: more than none after a kill."""
+    stored = {path.stem for path in (run_dir / "requests.parquet").glob("*.parquet")}
+    return sum(sum(1 for _ in reqlog.read(path)) for path in files(run_dir, cut_off=True) if path.stem not in stored)
+
+
+def _clear(run_dir: Path) -> None:
+    for folder in (reqlog.FOLDER, shards.FOLDER):
+        shutil.rmtree(run_dir / folder, ignore_errors=True)
+
+
+def check_space(run_dir: Path, trace: pl.DataFrame, *, save_chunks: bool) -> None:
+    """Raise `ReplayError` when the records of `trace` will not fit beside what is on the disk."""
+    tokens = int(trace["output_tokens"].cast(pl.Int64).sum()) if save_chunks else 0
+    need = _COPIES * (trace.height * _ROW_BYTES + tokens * _TOKEN_BYTES) + _SPARE_BYTES
+    there = next(path for path in [run_dir.absolute(), *run_dir.absolute().parents] if path.exists())
+    free = shutil.disk_usage(there).free
+    if need > free:
+        hint = "; --no-save-chunks needs less" if save_chunks else ""
+        raise ReplayError(
+            f"{run_dir}: the run's records need about {need / 1e9:,.1f} GB, and {free / 1e9:,.1f} GB are free there; "
+            f"free some space or give another -o{hint}"
+        )

@@ -188,7 +188,7 @@ class PartWriter:
         self._count = 0
 
     def append(self, frame: pl.DataFrame, number: int | None = None) -> None:
-        """Write `frame` (with all the table's columns) as the next part, or as part `number`; an empty one writes nothing."""
+        """Write `frame` (with all the table's columns) as the next part, or as part `number`; empty, it writes none."""
         if frame.is_empty():
             return
         path = self._folder / f"{self._prefix}-{self._count if number is None else number:06d}.parquet"

@@ -18,22 +18,23 @@ from typing import Any
 import aiohttp
 import polars as pl
 
-from replay.caps import Caps
-from replay.client import CompletionsClient, Record
 from replay.clock import NS_PER_S, now_ns
-from replay.dispatch import StallMeter, dispatch
+from replay.cut import check_descriptors, cut, worker_count
 from replay.engines.attach import bearer
 from replay.engines.base import Engine
 from replay.finish import finish_run
+from replay.hold import hold
 from replay.live import Progress
-from replay.manifest import anchor, first_manifest
+from replay.manifest import anchor, first_manifest, host
 from replay.metrics import scrape
-from replay.plan import LEAST_LOADED, Plan, Router, RunOptions, fit_lengths, make_plan
+from replay.plan import Plan, Router, RunOptions, fit_lengths, make_plan
 from replay.prepare import Prepared, clear_step_logs, measure_idle, prepare, run_prefix, settle
-from replay.prompts import completion_body, prompt_ids
-from replay.records import RecordStore
+from replay.records import RecordStore, check_space
+from replay.resume import TakenUp, begin_stretch, end_stretch, resumed_options, take_up
 from replay.rundir import MANIFEST, write_manifest
-from replay.watchers import background, no_garbage_collection, show, warn_of_gpus
+from replay.watchers import background, show, warn_of_gpus
+from replay.workers import LoadWorkers, yielding
+from replay.workload import Config, plain_http, through_proxies
 from tracegen.errors import ReplayError, WattraceError
 from tracegen.schema import read_metadata, write_trace
 
@@ -53,6 +54,7 @@ class _State:
     engine_died: bool = False
     failure: Exception | None = None  # what ended the run, beside an interruption or the engine's death
     late_ns: list[int] = field(default_factory=list)
+    taken: TakenUp | None = None  # the run that goes on
 
     @property
     def manifest(self) -> dict[str, Any]:
@@ -67,7 +69,10 @@ async def run(options: RunOptions, progress: Progress) -> Path:
     run that was started is always written, and says in its manifest how it ended (`complete`, `interrupted` or
     `failed`) and what to think of it (`verdicts`).
     """
+    if options.resume is not None:
+        options = resumed_options(options)
     plan = await asyncio.to_thread(make_plan, options)
+    _check_load(plan)
     state = _State(Prepared(first_manifest(plan, os.urandom(8).hex())), plan.trace, asyncio.current_task())
     if plan.profile is not None:
         progress.say(f"SIMULATED: {plan.why_engine}; power, step times and GPUs are computed: {plan.profile.name}")
@@ -75,8 +80,24 @@ async def run(options: RunOptions, progress: Progress) -> Path:
             progress.say(f"  {line}")
     else:
         progress.say(f"engine: {plan.engine} ({plan.why_engine}){_takes(plan)}")
-    made = claim(plan.run_dir)
-    write_manifest(plan.run_dir, state.manifest)
+    made = options.resume is None and claim(plan.run_dir)
+    with hold(plan.run_dir):
+        if options.resume is not None:
+            await _take_up(plan, state, progress)
+        write_manifest(plan.run_dir, state.manifest)
+        await _carry_out(plan, state, progress, keep_folder=not made)
+    return plan.run_dir
+
+
+async def _take_up(plan: Plan, state: _State, progress: Progress) -> None:
+    """Go on with the run that is in the run directory."""
+    state.taken = taken = await asyncio.to_thread(take_up, plan.run_dir)
+    state.prepared = Prepared(taken.goes_on(state.manifest), first_steps=taken.first_steps, counters=taken.counters)
+    progress.say(taken.news)
+
+
+async def _carry_out(plan: Plan, state: _State, progress: Progress, *, keep_folder: bool) -> None:
+    """Prepare, measure and finish; until the first request is due an error leaves things as they were."""
     started = False
     try:
         with _signals(state, progress):
@@ -84,21 +105,25 @@ async def run(options: RunOptions, progress: Progress) -> Path:
                 await prepare(plan, state.prepared, stack, progress)
                 _fit(plan, state, progress)
                 await settle(plan, state.prepared, progress, _salt(state))
+                if state.taken is not None:
+                    state.taken.keep_idle(state.manifest)
+                workers = await stack.enter_async_context(LoadWorkers(_cut(plan, state)))
                 started = True
-                await _measure(plan, state, progress)
+                await _measure(plan, state, workers, progress)
             # The servers, the sampler and who follows the steps have ended: all tables are written.
             progress.status("writing tables")
             _end_of_helpers(plan, state, progress)
             await asyncio.to_thread(finish_run, plan.run_dir, state.manifest, state.prepared.engines[0], state.late_ns)
     except BaseException as error:  # noqa: BLE001 - raised again, in one line where the disk is to blame
-        if not started:
-            clear(plan, error, keep_folder=not made)
+        if not started and state.taken is not None:
+            write_manifest(plan.run_dir, state.taken.manifest)
+        elif not started:
+            clear(plan, error, keep_folder=keep_folder)
         if state.interrupted and isinstance(error, asyncio.CancelledError):
             raise KeyboardInterrupt from None
         raise _in_one_line(plan, state.failure or error) from None
     if state.failure is not None:
         raise _in_one_line(plan, state.failure)
-    return plan.run_dir
 
 
 def claim(run_dir: Path) -> bool:
@@ -178,6 +203,9 @@ def _salt(state: _State) -> int:
 
 def _fit(plan: Plan, state: _State, progress: Progress) -> None:
     """Fit the trace to the model that answered, and write what will be replayed."""
+    if state.taken is not None:  # its trace was fitted when it was begun
+        state.trace = state.taken.remaining
+        return
     limit = state.prepared.served[0].max_model_len
     state.trace, changed = fit_lengths(plan.trace, limit, plan.options.overlong)
     if changed:
@@ -204,59 +232,110 @@ def _end_of_helpers(plan: Plan, state: _State, progress: Progress) -> None:
         progress.warn(f"{settings.not_restored}; see 'replay clocks show' and 'replay clocks reset'")
 
 
-async def _measure(plan: Plan, state: _State, progress: Progress) -> None:
+def _check_load(plan: Plan) -> None:
+    """Raise `ReplayError` where this machine cannot send the load, or keep its records."""
+    options = plan.options
+    if _in_one_place(options) and (options.workers or 1) > 1:
+        raise ReplayError(
+            f"--workers {options.workers} with a cap or --router least-loaded: they count all requests in one place; "
+            "leave --workers out"
+        )
+    fast = plan.engine != "url" or plain_http(options.engine)
+    check_descriptors(plan.trace, _worker_count(plan, plan.trace, fast=fast), options.max_concurrency)
+    check_space(plan.run_dir, plan.trace, save_chunks=options.save_chunks)
+
+
+def _in_one_place(options: RunOptions) -> bool:
+    """Whether what was asked for must know of all requests."""
+    caps = options.max_concurrency is not None or options.max_rate_rps is not None
+    return caps or options.router == "least-loaded"
+
+
+def _worker_count(plan: Plan, trace: pl.DataFrame, *, fast: bool) -> int:
+    return worker_count(trace, fast=fast, one=_in_one_place(plan.options), asked=plan.options.workers)
+
+
+def _cut(plan: Plan, state: _State) -> list[Config]:
+    """Cut the trace into shards; what each load worker is told."""
+    options, served, trace = plan.options, state.prepared.served, state.trace
+    fast = all(plain_http(server.base_url) for server in served)
+    workers = _worker_count(plan, trace, fast=fast)
+    routes = Router(options.router, len(served)).assign(trace)
+    cut(trace, routes, workers, plan.run_dir, think_time=options.think_time)
+    state.manifest["workers"] = [{"worker": number, "host": host()} for number in range(workers)]
+    return [
+        Config(
+            run_dir=str(plan.run_dir),
+            worker=number,
+            fast=fast,
+            base_urls=[server.base_url for server in served],
+            model=served[0].model,
+            salt=_salt(state),
+            block_tokens=plan.block_tokens,
+            exact=options.exact,
+            name_prefix=run_prefix(state.manifest) if state.prepared.followers else "",
+            api_key=served[0].api_key,
+            endpoint=options.endpoint,
+            stream=options.stream,
+            request_timeout_s=options.request_timeout_s,
+            save_chunks=options.save_chunks,
+            think_time=options.think_time,
+            max_concurrency=options.max_concurrency,
+            max_rate_rps=options.max_rate_rps,
+        )
+        for number in range(workers)
+    ]
+
+
+async def _measure(plan: Plan, state: _State, workers: LoadWorkers, progress: Progress) -> None:
     """Send the trace and wait for the answers; afterwards the manifest says how it ended."""
     options, prepared = plan.options, state.prepared
     store = RecordStore(plan.run_dir, save_chunks=options.save_chunks)
-    epoch_ns = now_ns() + _LEAD_NS
-    schedule_ns = (epoch_ns + state.trace["arrival_ns"]).to_list()
-    state.manifest.update({"state": "running", "measure_start_ns": epoch_ns})
+    start_ns = now_ns() + _LEAD_NS
+    # What is left of a run is due at once, at its own distances.
+    epoch_ns = start_ns - (0 if state.taken is None else state.trace["arrival_ns"][0])
+    begin_stretch(state.manifest, start_ns)
+    arrival_ns, simulated = state.trace["arrival_ns"].to_numpy(), state.manifest["engine"] == "simulated"
     state.manifest["clock_anchors"].append(anchor())
     write_manifest(plan.run_dir, state.manifest)
-    stalls = StallMeter()
-    # No limit: how many streams are open is the load's business. Idle connections are dropped before uvicorn, which
-    # serves vLLM, closes them after 5 s: a request sent into that moment would fail for no fault of the server.
-    connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=4, ttl_dns_cache=3600)
-    key = bearer(prepared.served[0].api_key)
-    async with aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(), headers=key) as session:
-        sending = asyncio.create_task(_send_all(plan, state, session, store, schedule_ns))
+    workers.begin(epoch_ns)
+    first = prepared.served[0]
+    proxies = through_proxies(first.base_url)
+    async with aiohttp.ClientSession(headers=bearer(first.api_key), trust_env=proxies) as session:
+        sending = asyncio.create_task(workers.wait())
         state.cancel = sending
         watchers = [
-            stalls.run(),
-            store.flush_forever(),
+            store.store_forever(),
             *(scrape(session, s.base_url, plan.run_dir, i) for i, s in enumerate(prepared.served)),
             _watch(prepared.engines, sending, state),
-            show(schedule_ns, plan.gpus, store, prepared.sampler, progress),
+            show(epoch_ns, arrival_ns, plan.gpus, workers, prepared.sampler, progress, simulated=simulated),
             warn_of_gpus(prepared.sampler, plan.gpus, prepared.locked_mhz, progress),
         ]
         try:
-            with no_garbage_collection():
+            with yielding():
                 async with background(watchers, sending):
                     with contextlib.suppress(asyncio.CancelledError):
                         await sending
-            await store.flush()
+            await workers.stop()
+            await store.close()
         except Exception as error:  # noqa: BLE001 - raised again when what there is has been written
             state.failure = error
+            await workers.stop()
             with contextlib.suppress(OSError):  # a full disk stays full
-                await store.flush()
-    state.late_ns = stalls.late_ns
-    whole = not (state.interrupted or state.engine_died or state.failure)
-    ended = {
-        "state": "finishing" if whole else "interrupted" if state.interrupted else "failed",
-        "measure_end_ns": max(now_ns(), epoch_ns + 1),
-        "requests": {"planned": state.trace.height, "sent": store.sent, "ended": store.ended},
-    }
-    state.manifest.update(ended)
-    if state.engine_died:
-        state.manifest["failure"] = "the server ended while requests were sent; see server.log"
-        progress.warn(state.manifest["failure"])
-    state.manifest["clock_anchors"].append(anchor())
+                await store.close()
+    _note_end(state, workers, progress)
     write_manifest(plan.run_dir, state.manifest)
     state.cancel = None
+    await _idle_after(plan, state, progress)
+
+
+async def _idle_after(plan: Plan, state: _State, progress: Progress) -> None:
+    """Measure idle power after a run that went to its end; have power written up to the end of any other."""
+    prepared = state.prepared
     sampler = prepared.sampler
     if sampler is None or not sampler.alive:
         return
-    if not whole:
+    if state.manifest["state"] != "finishing":
         await sampler.written_until(state.manifest["measure_end_ns"])
         return
     resting = asyncio.create_task(measure_idle(plan, prepared, progress, "after"))
@@ -267,39 +346,27 @@ async def _measure(plan: Plan, state: _State, progress: Progress) -> None:
         progress.say("interrupted: idle power after the run is not measured")
 
 
-async def _send_all(
-    plan: Plan, state: _State, session: aiohttp.ClientSession, store: RecordStore, schedule_ns: list[int]
-) -> None:
-    """Dispatch every request at its time and wait for all answers; cancelled, abort what is in flight."""
-    options, served, rows = plan.options, state.prepared.served, state.trace.rows(named=True)
-    salt, routes = _salt(state), Router(options.router, len(served)).assign(state.trace).tolist()
-    in_flight = [0] * len(served)
-    clients = [CompletionsClient(session, server.base_url, options.request_timeout_s) for server in served]
-    caps = Caps(options.max_concurrency, options.max_rate_rps)
-    prefix = run_prefix(state.manifest) if state.prepared.followers else ""
-
-    def prepare_body(i: int) -> bytes:
-        row = rows[i]
-        ids = prompt_ids(
-            salt, row["request_id"], row["input_tokens"], row.get("prefix_hashes") or (), plan.block_tokens
-        )
-        priority = row.get("priority") or 0
-        return completion_body(served[0].model, ids, row["output_tokens"], exact=options.exact, priority=priority)
-
-    async def send(i: int, body: bytes) -> None:
-        row = rows[i]
-        instance = in_flight.index(min(in_flight)) if routes[i] == LEAST_LOADED else routes[i]
-        record = Record(row["request_id"], instance, schedule_ns[i], row["output_tokens"])
-        in_flight[instance] += 1
-        try:
-            async with caps.open():
-                store.start(record)
-                await clients[instance].send(record, body, f"{prefix}-{record.request_id}" if prefix else None)
-        finally:
-            in_flight[instance] -= 1
-            store.end(record)
-
-    await dispatch(schedule_ns, prepare_body, send)
+def _note_end(state: _State, workers: LoadWorkers, progress: Progress) -> None:
+    """Enter into the manifest how the sending ended."""
+    state.late_ns = workers.stall_ns
+    why = "the server ended while requests were sent; see server.log" if state.engine_died else workers.died
+    whole = not (state.interrupted or why or state.failure)
+    before = 0 if state.taken is None else state.taken.recorded
+    ended = {
+        "state": "finishing" if whole else "interrupted" if state.interrupted else "failed",
+        **end_stretch(state.manifest, now_ns()),
+        "requests": {
+            "planned": state.trace.height + before,
+            "sent": workers.total("sent") + before,
+            "ended": workers.total("ended") + before,
+        },
+        "client_error": workers.client_error(),
+    }
+    state.manifest.update(ended)
+    if why is not None and not state.interrupted:
+        state.manifest["failure"] = why
+        progress.warn(why)
+    state.manifest["clock_anchors"].append(anchor())
 
 
 async def _watch(engines: list[Engine], sending: asyncio.Task[None], state: _State) -> None:

@@ -202,10 +202,15 @@ def summary(decoder: StepLogDecoder) -> dict[str, Any]:
 class StepFollower:
     """Writes an engine's steps into the run directory while this async context lasts."""
 
-    def __init__(self, folder: Path, run_dir: Path, instance: int, since_ns: int, run: str) -> None:
-        """`folder` is what WATTRACE_STEPS named when vLLM was started; `run` is what our requests' ids begin with."""
+    def __init__(
+        self, folder: Path, run_dir: Path, instance: int, since_ns: int, run: str, first_step: int = 0
+    ) -> None:
+        """`folder` is what WATTRACE_STEPS named when vLLM was started; `run` is what our requests' ids begin with.
+
+        Steps are numbered from `first_step` on.
+        """
         self._run_dir, self._instance = run_dir, instance
-        self._arguments = (folder, run_dir, instance, since_ns, run)
+        self._arguments = (folder, run_dir, instance, since_ns, run, first_step)
         self._child = Child("replay.steplog", *self._arguments)
         self.summary: dict[str, Any] = {}
         self.error: str | None = None  # why there are no steps
@@ -236,10 +241,11 @@ class StepFollower:
         self.summary |= message
 
 
-def follow(folder: Path, run_dir: Path, instance: int, since_ns: int, run: str) -> None:
-    """Write steps as they come until stdin closes, then what is left."""
+def follow(folder: Path, run_dir: Path, instance: int, since_ns: int, run: str, first_step: int = 0) -> None:
+    """Write steps as they come, numbered from `first_step` on, until stdin closes, then what is left."""
     reader = StepLogReader(folder)
     writer = StepWriter(run_dir, instance)
+    writer.skip(first_step)
     decoder = StepLogDecoder(writer, since_ns, run)
     _feed(decoder, reader)
     if decoder.failed is not None and not decoder.cost_ns:
@@ -266,9 +272,9 @@ def _feed(decoder: StepLogDecoder, reader: StepLogReader) -> None:
 def _main(argv: list[str]) -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # stdin tells
-    folder, run_dir, instance, since_ns, run = argv
+    folder, run_dir, instance, since_ns, run, first_step = argv
     try:
-        follow(Path(folder), Path(run_dir), int(instance), int(since_ns), run)
+        follow(Path(folder), Path(run_dir), int(instance), int(since_ns), run, int(first_step))
     except WattraceError as error:
         say({"error": str(error)})
 

@@ -1,70 +1,227 @@
-"""What a finished run says of itself, for people and for machines; every figure comes from its tables."""
+"""What a run says of itself, finished or not, for machines; every figure comes from its tables."""
 
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import polars as pl
 
 from replay.clock import NS_PER_MS, NS_PER_S
-from replay.rundir import REQUESTS, Run
+from replay.counters import Window, counted_j
+from replay.gaps import CHUNK_COLUMNS, GapHistogram
+from replay.rundir import MANIFEST, REQUESTS, Run
+from replay.verdicts import Verdict, validity
+from tracegen.errors import RunError
 
-_NEEDED = ("status", "sent_ns", "first_token_ns", "last_token_ns", "output_tokens")
-_EDGE_NS = NS_PER_S // 5  # what a counter may miss at either edge of the window
-Ints = npt.NDArray[np.int64]
+_NEEDED = ("status", "scheduled_ns", "sent_ns", "first_token_ns", "last_token_ns", "output_tokens")
+_KEYS = (
+    "state", "engine", "arguments", "trace_sha256", "instances", "gpus", "clock_anchors", "versions", "verdicts"
+)  # fmt: skip
+_PERCENTS = (50, 90, 99)
 
 
 def summarize(run_dir: Path) -> dict[str, Any]:
-    """Counts, latencies in ms, power in W and energy in J of the run in `run_dir`; None where nothing was measured."""
-    run = Run.open(run_dir)
-    manifest = run.manifest
-    ok = _answered(run)
-    start_ns, end_ns = manifest["measure_start_ns"], manifest["measure_end_ns"]
-    seconds = (end_ns - start_ns) / NS_PER_S
-    output_tokens = ok["output_tokens"].sum() if ok["output_tokens"].null_count() < ok.height else None
+    """Counts, latencies in ms, power in W and energy in J of the run in `run_dir`; None where nothing was measured.
+
+    A run that was killed or still goes on has no verdicts yet; its window ends with the last that is on record. Rates
+    and mean power are over the time that it was measured, without pauses (`paused_s`) of one that was resumed.
+    Raises `RunError` where `run_dir` has no run that `replay` made, or a table that cannot be read.
+    """
+    run = open_run(run_dir)
+    manifest, requests = run.manifest, _requests(run)
+    windows = stretches(manifest, None if "measure_end_ns" in manifest else last_on_record(run))
+    seconds = (windows[-1][1] - windows[0][0]) / NS_PER_S if windows else None
+    output_tokens = requests.output_tokens()
     gpus = [gpu for instance in manifest["instances"] for gpu in instance["gpus"]]
-    energy_j, energy_why = _counter_j(run, gpus, start_ns, end_ns)
+    energy_j, energy_why = counted_j(run, gpus, windows) if windows else (None, "the run has not begun")
+    paused_s = manifest.get("paused_s", 0.0)
+    active_s = None if seconds is None else seconds - paused_s
+    rate = None if output_tokens is None or not active_s else output_tokens / active_s
     return {
         "run": str(run_dir),
         "state": manifest["state"],
         "simulated": run.simulated,
+        **_what(manifest),
         "seconds": seconds,
-        "requests_planned": manifest["requests"]["planned"],
-        "requests_sent": manifest["requests"]["sent"],
-        "requests_ok": ok.height,
+        "paused_s": paused_s,
+        "requests_planned": _planned(run),
+        "requests_sent": requests.departed.number,
+        "requests_ok": requests.statuses.get("ok", 0),
+        "statuses": dict(requests.statuses.most_common()),
+        "target_rps": requests.scheduled.rate(paused_s),
+        "sent_rps": requests.departed.rate(paused_s),
         "output_tokens": output_tokens,
-        "output_tokens_per_s": None if output_tokens is None else output_tokens / seconds,
-        "ttft_ms": _percentiles(ok["ttft_ns"]),
-        "e2el_ms": _percentiles(ok["e2el_ns"]),
-        "tpot_ms": _percentiles(ok["tpot_ns"]),
+        "output_tokens_per_s": rate,
+        **requests.latencies(),
+        "client_error": manifest.get("client_error"),
         "gpus": gpus,
-        "freq_mhz": manifest["instances"][0]["freq_mhz"],
-        "freq_asked_mhz": manifest["instances"][0]["freq_asked_mhz"],
         "energy_j": energy_j,
         "energy_why": energy_why,
-        "mean_power_w": None if energy_j is None else energy_j / seconds,
+        "mean_power_w": None if energy_j is None or not active_s else energy_j / active_s,
+        "idle_power_w": _idle_w(manifest, gpus, "idle_power_w"),
+        "idle_power_after_w": _idle_w(manifest, gpus, "idle_power_after_w"),
         "verdicts": manifest["verdicts"],
+        **judged(manifest),
     }
 
 
-def _answered(run: Run) -> pl.DataFrame:
-    """Of each request that was answered in full: `output_tokens`, `ttft_ns`, `e2el_ns`, `tpot_ns`.
+def open_run(run_dir: Path) -> Run:
+    """A run that `replay` made. Raises `RunError` for what is none, or was made by another program."""
+    run = Run.open(run_dir)
+    missing = [key for key in _KEYS if key not in run.manifest]
+    if missing:
+        raise RunError(f"{run_dir / MANIFEST}: has no {', '.join(missing)}, which every run that replay made has")
+    return run
 
-    Read in batches, as all tables here: a run in virtual time can have millions of rows.
+
+def judged(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """`valid` and `invalid_because` of a run, from its state and its verdicts; both None before it was judged."""
+    if not manifest["verdicts"]:
+        return {"valid": None, "invalid_because": None}
+    verdicts = [Verdict(**verdict) for verdict in manifest["verdicts"]]
+    return validity(manifest["state"], verdicts, manifest.get("failure"))
+
+
+def stretches(manifest: Mapping[str, Any], last_ns: int | None) -> list[Window]:
+    """The stretches of time in which the run was measured; one, unless it was resumed; none before it has begun.
+
+    `last_ns`: the last moment on record, which ends a run that did not come to its own end.
     """
-    decoding_ns = pl.col("last_token_ns") - pl.col("first_token_ns")
-    figures = [
-        "output_tokens",
-        (pl.col("first_token_ns") - pl.col("sent_ns")).alias("ttft_ns"),
-        (pl.col("last_token_ns") - pl.col("sent_ns")).alias("e2el_ns"),
-        (decoding_ns / (pl.col("output_tokens").cast(pl.Int64) - 1)).alias("tpot_ns"),
+    if "measure_start_ns" not in manifest:
+        return []
+    whole = {"start_ns": manifest["measure_start_ns"], "end_ns": manifest.get("measure_end_ns")}
+    windows = [(s["start_ns"], s["end_ns"] or last_ns) for s in manifest.get("stretches") or [whole]]
+    return [(start_ns, max(end_ns or 0, start_ns + 1)) for start_ns, end_ns in windows]
+
+
+def last_on_record(run: Run) -> int | None:
+    """The last moment on record, by requests and steps; None where there is none."""
+    last = [
+        moment
+        for table, columns in (("requests", ["sent_ns", "done_ns"]), ("steps", ["end_ns"]))
+        if run.has(table)
+        for batch in run.batches(table, columns)
+        for column in columns
+        if (moment := batch[column].drop_nulls().to_numpy().max(initial=-1)) >= 0
     ]
-    none = REQUESTS.to_frame().select(_NEEDED)
-    batches = chain([none], run.batches("requests", _NEEDED))
-    return pl.concat([batch.filter(pl.col("status") == "ok").select(figures) for batch in batches])
+    return int(max(last)) if last else None
+
+
+def _what(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """What was run, and on what."""
+    first, arguments, profile = manifest["instances"][0], manifest["arguments"], manifest.get("simulated_profile")
+    anchors = manifest["clock_anchors"]
+    return {
+        "trace": arguments["trace"],
+        "engine": manifest["engine"],
+        "model": first["model"],
+        "hardware": profile and profile["hardware"],
+        "tp": first["tp"],
+        "replicas": len(manifest["instances"]),
+        "freq_mhz": first["freq_mhz"],
+        "freq_asked_mhz": first["freq_asked_mhz"],
+        "power_cap_w": first["power_cap_w"],
+        "virtual_time": manifest.get("clock") == "virtual",
+        "begun": f"{datetime.fromtimestamp(anchors[0]['unix_ns'] // NS_PER_S, UTC):%F %T} UTC" if anchors else None,
+        "version": manifest["versions"].get("wattrace"),
+        "failure": manifest.get("failure"),
+    }
+
+
+def _planned(run: Run) -> int | None:
+    """How many requests the run was to send; None before that was known."""
+    if "requests" in run.manifest:
+        return int(run.manifest["requests"]["planned"])
+    return run.scan("trace", ["request_id"]).collect().height if run.has("trace") else None
+
+
+def _idle_w(manifest: Mapping[str, Any], gpus: Sequence[int], key: str) -> float | None:
+    """Idle power of all `gpus`, by the counter where there is one; None where it is not known of each."""
+    idle_w = {entry["gpu"]: entry.get(key) or {} for entry in manifest["gpus"]}
+    each = [(idle := idle_w.get(gpu, {})).get("counter") or idle.get("instant") or idle.get("average") for gpu in gpus]
+    known = [watts for watts in each if watts is not None]
+    return sum(known) if known and len(known) == len(each) else None
+
+
+class _Span(NamedTuple):
+    """How many moments there were, the first and the last."""
+
+    number: int = 0
+    first_ns: int | None = None
+    last_ns: int | None = None
+
+    def add(self, ns: pl.Series) -> "_Span":
+        """With more moments, in any order; nulls are none."""
+        known = ns.drop_nulls().to_numpy()
+        if not known.size:
+            return self
+        both = np.array([known.min(), known.max(), *[ns for ns in self[1:] if ns is not None]])
+        return _Span(self.number + known.size, int(both.min()), int(both.max()))
+
+    def rate(self, paused_s: float) -> float | None:
+        """Moments a second, from the first to the last but for a pause between; None where that tells nothing."""
+        if self.first_ns is None or self.last_ns is None:
+            return None
+        lasted_s = (self.last_ns - self.first_ns) / NS_PER_S
+        # All moments of a killed run's first stretch may be lost: then the pause is not between them.
+        lasted_s -= paused_s if lasted_s > paused_s else 0.0
+        return (self.number - 1) / lasted_s if lasted_s > 0 else None
+
+
+@dataclass
+class _Requests:
+    """What the rows of requests.parquet add up to, read in batches: a run in virtual time can have millions."""
+
+    statuses: Counter[str] = field(default_factory=Counter)
+    scheduled: _Span = field(default_factory=_Span)
+    departed: _Span = field(default_factory=_Span)
+    gaps: GapHistogram = field(default_factory=GapHistogram)
+    answered: list[pl.DataFrame] = field(default_factory=list)
+
+    def add(self, batch: pl.DataFrame) -> None:
+        """More rows."""
+        self.statuses.update(dict(batch["status"].value_counts().iter_rows()))
+        self.scheduled, self.departed = self.scheduled.add(batch["scheduled_ns"]), self.departed.add(batch["sent_ns"])
+        ok = batch.filter(pl.col("status") == "ok")
+        if set(CHUNK_COLUMNS) <= set(ok.columns):
+            self.gaps.add(ok)
+        decoding_ns = pl.col("last_token_ns") - pl.col("first_token_ns")
+        self.answered.append(
+            ok.select(
+                "output_tokens",
+                (pl.col("first_token_ns") - pl.col("sent_ns")).alias("ttft_ns"),
+                (pl.col("last_token_ns") - pl.col("sent_ns")).alias("e2el_ns"),
+                (decoding_ns / (pl.col("output_tokens").cast(pl.Int64) - 1)).alias("tpot_ns"),
+            )
+        )
+
+    def output_tokens(self) -> int | None:
+        """Of all good answers; None where the server did not count."""
+        each = pl.concat([frame["output_tokens"] for frame in self.answered])
+        return int(each.sum()) if each.null_count() < len(each) else None
+
+    def latencies(self) -> dict[str, dict[str, float] | None]:
+        """Percentiles in ms; ITL only where the times of chunks were kept."""
+        of = pl.concat(self.answered)
+        return {
+            "ttft_ms": _percentiles(of["ttft_ns"]),
+            "itl_ms": self.gaps.percentiles(_PERCENTS),
+            "tpot_ms": _percentiles(of["tpot_ns"]),
+            "e2el_ms": _percentiles(of["e2el_ns"]),
+        }
+
+
+def _requests(run: Run) -> _Requests:
+    """The rows of requests.parquet, none where the run has no such table yet."""
+    result = _Requests()
+    result.add(REQUESTS.to_frame().select(_NEEDED))
+    for batch in run.batches("requests", [*_NEEDED, *CHUNK_COLUMNS]) if run.has("requests") else ():
+        result.add(batch)
+    return result
 
 
 def _percentiles(ns: pl.Series) -> dict[str, float] | None:
@@ -73,102 +230,4 @@ def _percentiles(ns: pl.Series) -> dict[str, float] | None:
     ms = ms.filter(ms.is_finite())
     if ms.is_empty():
         return None
-    return {f"p{q}": float(ms.quantile(q / 100, "linear") or 0.0) for q in (50, 90, 99)}
-
-
-@dataclass
-class _Counter:
-    """One GPU's energy counter: of its readings, only those kept that tell what it stood at when the run's edges were.
-
-    Readings come in order of time, from batch to batch.
-    """
-
-    start_ns: int
-    end_ns: int
-    t_ns: list[Ints] = field(default_factory=list)
-    energy_mj: list[Ints] = field(default_factory=list)
-    last_mj: int = -1  # of the readings around the run
-    fell_back: bool = False
-
-    def add(self, t_ns: Ints, energy_mj: Ints) -> None:
-        """More readings, at least one."""
-        around = energy_mj[(t_ns >= self.start_ns - NS_PER_S) & (t_ns <= self.end_ns + NS_PER_S)]
-        if around.size:
-            self.fell_back |= bool((np.diff(around, prepend=self.last_mj) < 0).any())
-            self.last_mj = int(around[-1])
-        beyond = np.searchsorted(t_ns, [self.start_ns, self.end_ns])
-        kept = np.unique(np.clip([0, *(beyond - 1), *beyond, t_ns.size - 1], 0, t_ns.size - 1))
-        self.t_ns.append(t_ns[kept])
-        self.energy_mj.append(energy_mj[kept])
-
-
-def _counters(run: Run, gpus: list[int], start_ns: int, end_ns: int) -> dict[int, _Counter]:
-    """The energy counters of `gpus`."""
-    counters = {gpu: _Counter(start_ns, end_ns) for gpu in gpus}
-    known = pl.col("gpu").is_in(gpus) & pl.col("energy_mj").is_not_null()
-    for batch in run.batches("power", ["gpu", "t_ns", "energy_mj"]):
-        for readings in batch.filter(known).sort("t_ns").partition_by("gpu"):
-            energy_mj = readings["energy_mj"].cast(pl.Int64).to_numpy()
-            counters[readings["gpu"][0]].add(readings["t_ns"].to_numpy(), energy_mj)
-    return counters
-
-
-def _counter_j(run: Run, gpus: list[int], start_ns: int, end_ns: int) -> tuple[float | None, str | None]:
-    """What the energy counters of `gpus` gained from `start_ns` to `end_ns`, or why it is unknown.
-
-    Readings before and after the window count too: between two readings a counter is taken as steady. A counter that
-    fell back, or of which the readings do not reach the window's edges, tells nothing of the whole window.
-    """
-    if not gpus or not run.has("power"):
-        return None, "no power was read"
-    gained_mj = 0.0
-    for gpu, counter in _counters(run, gpus, start_ns, end_ns).items():
-        t_ns = np.concatenate([*counter.t_ns, np.zeros(0, np.int64)])
-        if t_ns.size < 2:
-            return None, f"GPU {gpu} has no energy counter that was read"
-        if t_ns[0] - start_ns > _EDGE_NS or end_ns - t_ns[-1] > _EDGE_NS:
-            since_s, until_s = ((min(max(t, start_ns), end_ns) - start_ns) / NS_PER_S for t in (t_ns[0], t_ns[-1]))
-            return (
-                None,
-                f"the energy counter of GPU {gpu} was read from {since_s:.1f} s to {until_s:.1f} s of the run only",
-            )
-        if counter.fell_back:
-            return None, f"the energy counter of GPU {gpu} fell back (wrap-around or reset)"
-        start_mj, end_mj = np.interp([start_ns, end_ns], t_ns, np.concatenate(counter.energy_mj))
-        gained_mj += end_mj - start_mj
-    return float(gained_mj) / 1e3, None
-
-
-def lines(summary: dict[str, Any]) -> list[str]:
-    """`summary` as lines for people, verdicts last."""
-    s = summary
-    mark = "SIMULATED  " if s["simulated"] else ""
-    clock = f"{s['freq_mhz']} MHz" if s["freq_mhz"] else "the driver's clocks"
-    if s["freq_asked_mhz"] != s["freq_mhz"]:
-        clock += f" (asked for: {s['freq_asked_mhz']} MHz)"
-    result = [
-        f"{mark}{s['state']}: {s['requests_ok']:,} of {s['requests_planned']:,} requests ok in {s['seconds']:.1f} s",
-        _latency("TTFT", s["ttft_ms"]),
-        _latency("TPOT", s["tpot_ms"]),
-        _latency("E2EL", s["e2el_ms"]),
-    ]
-    if s["output_tokens_per_s"] is not None:
-        result.append(f"output  {s['output_tokens']:,} tokens, {s['output_tokens_per_s']:,.1f} tokens/s")
-    if s["energy_j"] is not None:
-        shown = f"{s['energy_j'] / 1e3:,.2f} kJ, mean {s['mean_power_w']:,.0f} W"
-        result.append(f"energy  {shown} on {len(s['gpus'])} GPUs at {clock}, by the energy counters")
-    else:
-        result.append(f"energy  not measured: {s['energy_why']}")
-    result.append("verdicts")
-    marks = {True: "ok  ", False: "FAIL", None: "-   "}
-    result += [f"  {marks[v['ok']]}  {v['name']:<15} {v['why']}" for v in s["verdicts"]]
-    failed = [v["name"] for v in s["verdicts"] if v["ok"] is False]
-    if failed:
-        result.append(f"NOT TO BE TRUSTED without a look at: {', '.join(failed)}")
-    return result
-
-
-def _latency(name: str, ms: dict[str, float] | None) -> str:
-    if ms is None:
-        return f"{name}    no request got that far"
-    return f"{name}    p50 {ms['p50']:,.1f} ms   p90 {ms['p90']:,.1f} ms   p99 {ms['p99']:,.1f} ms"
+    return {f"p{q}": float(ms.quantile(q / 100, "linear") or 0.0) for q in _PERCENTS}

@@ -4,8 +4,10 @@ Each verdict has a value and the bound that it is held against; `ok` is None whe
 the reason in `why`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +21,9 @@ IntArray = npt.NDArray[np.int64]
 
 LAG_BOUND_MS = 10.0  # p99; a fiftieth of the tightest usual TTFT target
 STALL_BOUND_MS = 100.0
+ERROR_BOUND = 0.01  # above it p99 of latency is unknown: what was lost could have been all of the slowest hundredth
+OFFSET_BOUND_MS = 1.0  # a tenth of what requests may lag: below it no other bound can tell
+STEP_NS = 10 * NS_PER_MS  # of the wall clock; NTP slews both clocks alike, so less is the time between two readings
 SENSOR_GAP_NS = 500 * NS_PER_MS  # readings farther apart leave what lies between unread
 SENSOR_BOUND = 0.95  # share of the sensor's updates that were seen
 CLOCK_BOUND = 0.99  # share of the readings at the clock asked for
@@ -76,19 +81,53 @@ def open_loop(max_concurrency: int | None, max_rate_rps: float | None) -> Verdic
     return Verdict("open_loop", not caps, None, None, why)
 
 
-def all_answered(requests: pl.DataFrame, planned: int) -> Verdict:
-    """Whether every request of the trace was answered in full."""
+def validity(state: str, judged: Sequence[Verdict], failure: str | None = None) -> dict[str, Any]:
+    """The manifest's `valid` and `invalid_because`: a run is valid when it is complete and no verdict is against it.
+
+    `failure`: what ended a failed run.
+    """
+    because = []
+    if state != "complete":
+        ended = {"interrupted": "was interrupted", "failed": "failed"}.get(state, "has not ended")
+        because.append(f"the run {ended}" + (f": {failure}" if failure else ""))
+    because += [f"{verdict.name}: {verdict.why}" for verdict in judged if verdict.ok is False]
+    return {"valid": not because, "invalid_because": because}
+
+
+def worst(judged: Sequence[Verdict]) -> Verdict:
+    """Of the same verdict on several stretches of a run one that is against it, else one that tells."""
+    return min(judged, key=lambda verdict: (verdict.ok is not False, verdict.ok is None))
+
+
+def error_rate(requests: pl.DataFrame, planned: int) -> Verdict:
+    """Whether the trace's requests were answered in full: the share of those that were not, unsent ones too."""
     ok = requests.filter(pl.col("status") == "ok").height
     counts = requests.filter(pl.col("status") != "ok").group_by("status").len().sort("len", descending=True).rows()
     unsent = planned - requests.height
     others = [f"{count} {status}" for status, count in counts] + [f"{unsent} not sent"] * (unsent > 0)
-    return answered(ok, planned, others)
+    return errors(ok, planned, others)
 
 
-def answered(ok: int, planned: int, others: Sequence[str]) -> Verdict:
-    """`all_answered` from the count of good requests; `others` says what became of the rest."""
+def errors(ok: int, planned: int, others: Sequence[str]) -> Verdict:
+    """`error_rate` from the count of good requests; `others` says what became of the rest."""
     why = f"{ok} of {planned} requests ok" + (f": {', '.join(others)}" if others else "")
-    return Verdict("all_answered", ok == planned, ok / planned, 1.0, why)
+    share = (planned - ok) / planned
+    return Verdict("error_rate", share <= ERROR_BOUND, share, ERROR_BOUND, why)
+
+
+def clock_offset(hosts: Sequence[Mapping[str, Any]], anchors: Sequence[Mapping[str, int]]) -> Verdict:
+    """Whether the hosts' clocks are known to each other well enough: the greatest error of an offset, ms.
+
+    `anchors`: the manifest's; a wall clock that was set during the run is told of, for no time in a table is its.
+    """
+    name = "clock_offset"
+    worst = max((float(entry["offset_error_ns"]) for entry in hosts), default=0.0) / NS_PER_MS
+    why = "all times are of one host's clock" if len(hosts) < 2 else f"{len(hosts)} hosts' clocks, to {worst:.3f} ms"
+    ahead_ns = [anchor["unix_ns"] - anchor["monotonic_ns"] for anchor in anchors]
+    stepped = [after - before for before, after in pairwise(ahead_ns) if abs(after - before) > STEP_NS]
+    if stepped:
+        why += f"; the wall clock was set by {sum(stepped) / 1e9:+,.2f} s meanwhile, which no figure depends on"
+    return Verdict(name, worst <= OFFSET_BOUND_MS, worst, OFFSET_BOUND_MS, why)
 
 
 def lengths_exact(requests: pl.DataFrame, trace: pl.DataFrame) -> Verdict:

@@ -5,12 +5,14 @@ from collections.abc import Sequence
 
 import aiohttp
 
-from replay.client import CompletionsClient, Record
+from replay.client import CompletionsClient
 from replay.clock import now_ns
 from replay.engines.attach import bearer
 from replay.engines.base import Served
 from replay.plan import Plan
-from replay.prompts import completion_body, prompt_ids
+from replay.prompts import completion_body, prompt_json
+from replay.stream import Record
+from replay.workload import through_proxies
 from tracegen.errors import ReplayError
 
 _OUTPUT_TOKENS = 16  # enough to decode as one batch
@@ -30,14 +32,15 @@ async def warm_up(plan: Plan, served: Sequence[Served], salt: int) -> None:
 
 async def _warm_one(plan: Plan, server: Served, sizes: Sequence[int], salt: int) -> None:
     limit = server.max_model_len or max(sizes) + _OUTPUT_TOKENS
-    async with aiohttp.ClientSession(headers=bearer(server.api_key)) as session:
+    proxies = through_proxies(server.base_url)
+    async with aiohttp.ClientSession(headers=bearer(server.api_key), trust_env=proxies) as session:
         client = CompletionsClient(session, server.base_url, plan.options.request_timeout_s)
         records = []
         async with asyncio.TaskGroup() as group:
             for i, size in enumerate(sizes):
                 size_fit = max(1, min(size, limit - _OUTPUT_TOKENS))
                 output = min(_OUTPUT_TOKENS, limit - size_fit)
-                ids = prompt_ids(salt ^ _SALT, i, size_fit)
+                ids = prompt_json(salt ^ _SALT, i, size_fit)
                 body = completion_body(server.model, ids, output, exact=plan.options.exact)
                 record = Record(i, 0, now_ns(), output)
                 records.append(record)

@@ -1,18 +1,18 @@
 """What goes on beside the sending: the live figures, and the care that nothing disturbs it or fails unseen."""
 
 import asyncio
-import contextlib
-import gc
 from collections import deque
-from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
+
+import numpy as np
 
 from replay.clock import NS_PER_S, now_ns
 from replay.gpu.sampler import Sampler
 from replay.live import Progress, Snapshot
-from replay.records import RecordStore
-from replay.verdicts import CLOCK_TOLERANCE_MHZ, throttle_reasons
+from replay.verdicts import CLOCK_TOLERANCE_MHZ, IntArray, throttle_reasons
+from replay.workers import LoadWorkers
 
 _REDRAW_S = 0.25
 _STATUS_S = 0.5  # the sampler's own period of telling
@@ -44,51 +44,53 @@ async def background(
             raise result
 
 
-@contextlib.contextmanager
-def no_garbage_collection() -> Iterator[None]:
-    """No collector pauses while requests are timed; reference counting goes on."""
-    gc.collect()
-    gc.freeze()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
-        gc.unfreeze()
-
-
 async def show(
-    schedule_ns: Sequence[int], serving: Sequence[int], store: RecordStore, sampler: Sampler | None, progress: Progress
+    epoch_ns: int,
+    arrival_ns: IntArray,
+    serving: Sequence[int],
+    workers: LoadWorkers,
+    sampler: Sampler | None,
+    progress: Progress,
+    *,
+    simulated: bool,
 ) -> None:
-    """Keep the progress of a run fresh: requests due at `schedule_ns`, on the GPUs `serving`; until cancelled."""
-    epoch_ns, planned_ns = schedule_ns[0], schedule_ns[-1] - schedule_ns[0]
-    tokens: deque[tuple[int, int]] = deque(maxlen=1 + round(_RATE_S / _REDRAW_S))
+    """Keep the progress of a run fresh: requests due `arrival_ns` after the epoch, on the GPUs `serving`.
+
+    Until cancelled. `simulated`: whether the engine is, which the progress says.
+    """
+    past: deque[tuple[int, int, int, int]] = deque(maxlen=1 + round(_RATE_S / _REDRAW_S))
     while True:
         t_ns = now_ns()
-        recent = list(store.recent)
-        lags = [r.sent_ns - r.scheduled_ns for r in recent if r.sent_ns is not None]
-        ttfts = [r.first_token_ns - r.sent_ns for r in recent if r.first_token_ns and r.sent_ns]
         status = sampler.status if sampler is not None else None
         watts = [w for gpu in serving if status and (w := status.watts.get(gpu)) is not None]
         clocks = {status.clocks_mhz.get(gpu) for gpu in serving} if status else set()
-        tokens.append((t_ns, store.output_tokens()))
-        (old_ns, old), (new_ns, new) = tokens[0], tokens[-1]
-        rate = (new - old) / ((new_ns - old_ns) / NS_PER_S) if new_ns > old_ns else None
+        due = int(np.searchsorted(arrival_ns, t_ns - epoch_ns, "right"))
+        past.append((t_ns, due, workers.total("sent"), workers.total("output_tokens")))
+        seconds = (past[-1][0] - past[0][0]) / NS_PER_S
+        target, sent, tokens = (
+            (b - a) / seconds if seconds else None for a, b in zip(past[0][1:], past[-1][1:], strict=True)
+        )
+        lag, ttft, tbt = (
+            [_percentile(ordered, q) for q in (0.5, 0.99)]
+            for ordered in map(sorted, (workers.lag_us, workers.ttft_us, workers.tbt_us))
+        )
         progress.update(
             Snapshot(
-                elapsed_ns=max(0, t_ns - epoch_ns), planned_ns=planned_ns, planned=len(schedule_ns),
-                sent=store.sent, ended=store.ended, errors=store.errors,
-                lag_p50_ns=_percentile(lags, 0.5), lag_p99_ns=_percentile(lags, 0.99),
-                ttft_p50_ns=_percentile(ttfts, 0.5), ttft_p99_ns=_percentile(ttfts, 0.99),
-                output_tokens_per_s=rate, watts=sum(watts) if watts else None,
-                clock_mhz=clocks.pop() if len(clocks) == 1 else None,
+                elapsed_ns=max(0, t_ns - epoch_ns), planned_ns=int(arrival_ns[-1]), planned=len(arrival_ns),
+                sent=workers.total("sent"), ended=workers.total("ended"), errors=workers.total("errors"),
+                lag_p50_ns=lag[0], lag_p99_ns=lag[1], ttft_p50_ns=ttft[0], ttft_p99_ns=ttft[1],
+                output_tokens_per_s=tokens, watts=sum(watts) if watts else None,
+                clock_mhz=clocks.pop() if len(clocks) == 1 else None, target_rps=target, sent_rps=sent,
+                tbt_p50_ns=tbt[0], tbt_p99_ns=tbt[1],
+                joules_per_token=sum(watts) / tokens if watts and tokens else None, simulated=simulated,
             )
         )  # fmt: skip
         await asyncio.sleep(_REDRAW_S)
 
 
-def _percentile(values: list[int], q: float) -> float | None:
-    return float(sorted(values)[min(len(values) - 1, int(q * len(values)))]) if values else None
+def _percentile(ordered: Sequence[int], q: float) -> float | None:
+    """A percentile of ordered durations in µs, in ns."""
+    return ordered[min(len(ordered) - 1, int(q * len(ordered)))] * 1e3 if ordered else None
 
 
 async def warn_of_gpus(

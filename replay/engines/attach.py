@@ -7,6 +7,7 @@ import aiohttp
 import polars as pl
 
 from replay.engines.base import Served
+from replay.workload import through_proxies
 from tracegen.errors import ReplayError
 
 _HINT = "is the server running, and is this its address?"
@@ -17,7 +18,9 @@ async def ask_models(base_url: str, model: str | None, timeout_s: float, api_key
     timeout = aiohttp.ClientTimeout(total=timeout_s)
     try:
         async with (
-            aiohttp.ClientSession(timeout=timeout, headers=bearer(api_key)) as session,
+            aiohttp.ClientSession(
+                timeout=timeout, headers=bearer(api_key), trust_env=through_proxies(base_url)
+            ) as session,
             session.get(f"{base_url}/v1/models") as answer,
         ):
             if answer.status in {401, 403}:

@@ -37,10 +37,12 @@ class SimEngine:
         *,
         vllm_args: Sequence[str] = (),
         power_cap_w: float | None = None,
+        first_step: int = 0,
     ) -> None:
         """`board` is the simulated driver's file; steps and segments are recorded into `run_dir`.
 
         `hardware` has `vllm_args` in it already; the server has to be told them. `power_cap_w` is on the board.
+        Steps are numbered from `first_step` on.
         """
         self._hardware = Hardware(capped(hardware.profile, power_cap_w), hardware.tp)
         self._base_url = f"http://127.0.0.1:{port}"
@@ -52,6 +54,7 @@ class SimEngine:
             "--board": board,
             "--record": run_dir,
             "--instance": instance,
+            "--first-step": first_step,
             "--hardware": hardware.profile.hardware,
             "--model": hardware.profile.model_name,
             "--served-model-name": model,

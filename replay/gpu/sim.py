@@ -15,7 +15,7 @@ GPUs that no engine holds draw their unloaded idle power.
 import contextlib
 import mmap
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
@@ -25,7 +25,7 @@ import numpy as np
 
 from replay.gpu.base import GpuInfo, GpuState, Reading, Sensor
 from replay.sim.profile import ClockRange, Profile, SensorModel, ThermalModel
-from replay.sim.sensors import History, last_update, reach_ns, read_updates, settled_c, update_ns, warmed_c
+from replay.sim.sensors import History, board_gain, last_update, reach_ns, read_updates, settled_c, update_ns, warmed_c
 from tracegen.errors import GpuError
 
 _MAGIC = b"wattrace simulated board 2\n"
@@ -80,11 +80,18 @@ class SimBoard:
 
     @classmethod
     def create(
-        cls, path: str | Path, profile: Profile, *, seed: int = 0, now_ns: Callable[[], int] = time.monotonic_ns
+        cls,
+        path: str | Path,
+        profile: Profile,
+        *,
+        seed: int = 0,
+        now_ns: Callable[[], int] = time.monotonic_ns,
+        counters: Mapping[int, tuple[int, int]] | None = None,
     ) -> Self:
         """Make the board of one node of `profile` at `path`, all GPUs unloaded and unlocked, and open it.
 
-        Raises `GpuError` when it cannot be written there.
+        `counters`: of a node that is there already, when each GPU's energy counter was read last, ns, and what it
+        showed, mJ; the GPU has been unloaded since. Raises `GpuError` when it cannot be written there.
         """
         description = _Description(
             profile.gpu_name, profile.gpus_per_node, profile.memory_clock_mhz, profile.clocks_mhz, profile.sensor,
@@ -98,7 +105,11 @@ class SimBoard:
             partial.write_bytes(page + bytes(profile.gpus_per_node * _GPU_WORDS * _WORD_BYTES))
             board = cls(partial)
             for gpu in range(profile.gpus_per_node):
-                board.set_power(gpu, now_ns() - _HISTORY_NS, profile.power.idle_unloaded_w)
+                begin_ns, shown_mj = (counters or {}).get(gpu, (now_ns() - _HISTORY_NS, None))
+                board.set_power(gpu, begin_ns, profile.power.idle_unloaded_w)
+                if shown_mj is not None:  # sensors show whole mJ of what was drawn, times their gain
+                    gain = board_gain(seed, gpu, profile.sensor.gain_error_rel)
+                    board._floats[board._base(gpu) + _ENERGY] = (shown_mj + 1) / 1e3 / gain
             partial.replace(path)
         except OSError as error:
             raise GpuError(f"{path}: cannot make a simulated board there ({error.strerror})") from None

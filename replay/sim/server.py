@@ -55,6 +55,7 @@ class Settings:
     host: str = "127.0.0.1"
     port: int = 8000  # 0: any free one
     instance: int = 0
+    first_step: int = 0  # where the numbers of its steps begin
     exit_with_parent: bool = False  # stop when stdin closes
 
 
@@ -180,6 +181,7 @@ async def serve(settings: Settings) -> None:
         for gpu in settings.gpus:
             board.clock_mhz(gpu)  # refuses a GPU that does not exist before anything is written
         recorder = StepWriter(settings.record, settings.instance, extra=SIM_STEP)
+        recorder.skip(settings.first_step)
         scheduler = Scheduler(hardware.limits)
         engine = Engine(scheduler, hardware, board, settings.gpus, recorder, sleep_until_ns=timer.sleep_until_ns)
         app = Api(engine, scheduler, profile, settings.model).application()
@@ -273,6 +275,7 @@ def main(
         str, typer.Option(help="Name that the model is served under; --model's if not given.")
     ] = "",
     instance: Annotated[int, typer.Option(help="Number of this engine in the run directory.", min=0, max=65535)] = 0,
+    first_step: Annotated[int, typer.Option(help="Number of its first step.", min=0)] = 0,
     vllm_arg: Annotated[
         list[str] | None, typer.Option(help="Option of `vllm serve` on batching, repeatable.", show_default="none")
     ] = None,
@@ -295,6 +298,7 @@ def main(
         host=host,
         port=port,
         instance=instance,
+        first_step=first_step,
         exit_with_parent=exit_with_parent,
     )
     uvloop.run(serve(settings))

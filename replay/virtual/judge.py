@@ -104,10 +104,11 @@ class Judge:
         before, after = ([entry.get(key, {}) for entry in entries] for key in ("idle_power_w", "idle_power_after_w"))
         counter_j = sum(meter.last_mj - max(0, meter.first_mj) for meter in meters) / 1e3
         return [
-            verdicts.answered(self._ok, self._survey.requests, []),
+            verdicts.errors(self._ok, self._survey.requests, []),
             verdicts.open_loop(None, None),
             Verdict("dispatch_lag", None, None, LAG_BOUND_MS, _NOT_SENT),
             Verdict("loop_stall", None, None, STALL_BOUND_MS, _NOT_SENT),
+            verdicts.clock_offset([], []),
             verdicts.lengths(self._wrong, self._ok),
             verdicts.saturation(self._survey.requests, self._at_ns, self._waiting),
             verdicts.completeness(self._steps, self._gaps, self._short, self._ok),

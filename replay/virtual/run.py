@@ -19,6 +19,7 @@ import pyarrow as pa
 from replay.clock import NS_PER_S
 from replay.gpu.baseline import idle_power_w
 from replay.gpu.sim import SimBoard, SimGpus
+from replay.hold import hold
 from replay.live import Progress
 from replay.manifest import first_manifest, host
 from replay.plan import Plan, Router, RunOptions, check_by_priority, make_plan
@@ -32,6 +33,7 @@ from replay.sim.hardware import Hardware
 from replay.sim.sensors import Ints
 from replay.sim.truth import shapley_truth
 from replay.sim.virtual import ARRIVAL, Output, VirtualEngines
+from replay.verdicts import validity
 from replay.virtual.judge import Judge
 from replay.virtual.node import Block, NodePower
 from replay.virtual.source import Survey, TraceSource
@@ -77,7 +79,7 @@ def run_virtual(options: RunOptions, progress: Progress) -> Path:
     progress.status(_LOADING)
     made = claim(plan.run_dir)
     try:
-        with _signals_as_interrupt():
+        with _signals_as_interrupt(), hold(plan.run_dir):
             manifest = _manifest(plan, survey, progress)
             write_manifest(plan.run_dir, manifest)
             with ExitStack() as stack:
@@ -246,12 +248,16 @@ class _Run:
             entry["idle_power_w"] = idle_power_w(power, entry["gpu"], *self._before_ns)
             entry["idle_power_after_w"] = idle_power_w(power, entry["gpu"], *after_ns)
         mine = [entry for entry in manifest["gpus"] if entry["gpu"] in self._plan.gpus]
+        judged = self._judge.verdicts(end_ns, mine)
         manifest |= {
             "measure_start_ns": self._zero_ns,
             "measure_end_ns": end_ns,
+            "stretches": [{"start_ns": self._zero_ns, "end_ns": end_ns, "boot_id": None}],
+            "client_error": None,  # no client is between
             "requests": {"planned": self._survey.requests, "sent": self._fed, "ended": self._ended},
             "preemptions": self._engines.preemptions,
-            "verdicts": [asdict(verdict) for verdict in self._judge.verdicts(end_ns, mine)],
+            "verdicts": [asdict(verdict) for verdict in judged],
+            **validity("complete", judged),
         }
 
     def _report(self) -> None:

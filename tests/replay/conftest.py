@@ -9,9 +9,11 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import polars as pl
 import pytest
 
+from replay.clock import now_ns
 from replay.engines.process import free_port
 from replay.live import QuietProgress
 from replay.plan import RunOptions
@@ -113,3 +115,56 @@ def plain_server():
     finally:
         process.kill()
         process.wait()
+
+
+class Sending:
+    """A load worker's path in this process, with one shard."""
+
+    def __init__(self, kind, config):
+        from replay.fastpath import FastPath
+        from replay.generalpath import GeneralPath
+
+        self._run_dir = config.path
+        self._read, self._write = os.pipe()
+        self.told = []
+        self.path = {"fast": FastPath, "general": GeneralPath}[kind](config, self.told.append, stop_fd=self._read)
+
+    def run(self, epoch_ns=None):
+        """Send all; the records, in the order of their ends."""
+        from replay.reqlog import files, read
+
+        try:
+            self.path.run(now_ns() + 20 * MS if epoch_ns is None else epoch_ns)
+        finally:
+            self.stop()
+            os.close(self._read)
+        return [record for path in files(self._run_dir, cut_off=True) for record in read(path)]
+
+    def stop(self):
+        """As when the replayer ends."""
+        if self._write >= 0:
+            os.close(self._write)
+            self._write = -1
+
+
+@pytest.fixture
+def send_rows(tmp_path_factory):
+    """Make a path ("fast" or "general") ready to send (arrival ms, input, output tokens) rows to `url`."""
+
+    def send_rows(kind, url, rows, *, columns=None, **options):
+        from replay.cut import cut
+        from replay.workload import Config
+
+        folder = tmp_path_factory.mktemp("worker")
+        data = {
+            "request_id": range(42, 42 + len(rows)), "arrival_ns": [row[0] * MS for row in rows],
+            "input_tokens": [row[1] for row in rows], "output_tokens": [row[2] for row in rows],
+        }  # fmt: skip
+        trace = pl.DataFrame(data, schema=TRACE).with_columns(**(columns or {}))
+        urls = [url] if isinstance(url, str) else url
+        routes = options.pop("routes", [0] * len(rows))
+        config = Config(run_dir=str(folder), fast=kind == "fast", base_urls=urls, model="m", salt=1, **options)
+        cut(trace, np.array(routes), 1, folder, think_time=config.think_time)
+        return Sending(kind, config)
+
+    return send_rows

@@ -8,7 +8,8 @@ import polars as pl
 import pytest
 import typer
 
-from replay.cli import _parse_gpus, _parse_metadata, app, main
+from replay.cli import _parse_metadata, app, main
+from replay.gpu.cli import parse_gpus
 from replay.plan import RunOptions
 from replay.rundir import Run
 from tracegen.errors import ReplayError
@@ -36,11 +37,11 @@ def test_the_library_takes_what_the_command_takes():
     """Each option has its field in RunOptions, but for those that say how to print."""
     (run,) = [command for path, command in ALL if path == ("run",)]
     renamed = {
-        "freq": "freq_mhz", "duration": "duration_ns", "ignore_eos": "exact", "max_rate": "max_rate_rps",
-        "idle": "idle_ns", "vllm_arg": "vllm_args", "ready_check_timeout_sec": "ready_timeout_s",
-        "request_timeout_sec": "request_timeout_s", "power_cap": "power_cap_w",
+        "freq": "freq_mhz", "duration": "duration_ns", "ramp": "ramp_ns", "ignore_eos": "exact",
+        "max_rate": "max_rate_rps", "idle": "idle_ns", "vllm_arg": "vllm_args", "power_cap": "power_cap_w",
+        "ready_check_timeout_sec": "ready_timeout_s", "request_timeout_sec": "request_timeout_s",
     }  # fmt: skip
-    printing = {"quiet", "as_json", "help"}
+    printing = {"quiet", "prometheus_port", "as_json", "help"}
     names = {renamed.get(parameter.name, parameter.name) for parameter in run.params} - printing
     from_environment = {"api_key"}
     assert names == {field.name for field in fields(RunOptions)} - from_environment
@@ -109,7 +110,11 @@ SIM = ("--engine", "sim")
         (("trace.parquet", *SIM, "-o", "trace.parquet"), "trace.parquet: exists already; a run is never overwritten"),
         (("trace.parquet", *SIM, "-o", "trace.parquet/run"), "trace.parquet/run: cannot be made (Not a directory)"),
         (("trace.parquet", *SIM, "--frequency", "1200"), "--frequency"),
-        ((), "Missing argument 'trace'"),
+        ((), "give either a trace to replay or --resume"),
+        (("trace.parquet", "--resume", "runs/first"), "give either a trace to replay or --resume"),
+        (("--resume", "runs/none"), "runs/none: no such run directory"),
+        (("--resume", "runs/none", "--tp", "2"), "--tp with --resume: a run goes on as it was begun"),
+        (("--resume", "runs/none", "-o", "other"), "-o other with --resume: a run goes on in its own directory"),
     ],
 )
 def test_wrong_input_is_one_line_and_leaves_nothing(run_cli, trace, tmp_path, arguments, fragment):
@@ -152,11 +157,11 @@ def test_json_is_one_document_on_stdout(run_cli, make_trace, sim_server, tmp_pat
 
 
 def test_gpus_and_metadata_are_parsed():
-    assert _parse_gpus("0,2-4,7") == (0, 2, 3, 4, 7)
-    assert _parse_gpus(None) is None
+    assert parse_gpus("0,2-4,7") == (0, 2, 3, 4, 7)
+    assert parse_gpus(None) is None
     assert _parse_metadata(["a=1", "b="]) == {"a": "1", "b": ""}
     for wrong in ("", "1,", "-1", "a-b"):
         with pytest.raises(ReplayError):
-            _parse_gpus(wrong)
+            parse_gpus(wrong)
     with pytest.raises(ReplayError):
         _parse_metadata(["=x"])

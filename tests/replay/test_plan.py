@@ -278,3 +278,17 @@ def test_refuse_names_the_first_that_is_too_long():
     )
     assert fit_lengths(lengths([(90, 10)]), 100, "refuse")[1] == 0
     assert fit_lengths(lengths([(90, 10_000)]), None, "refuse")[1] == 0
+
+
+def test_time_may_be_stretched_and_the_rate_may_rise(make_trace, tmp_path):
+    trace = make_trace(tmp_path / "trace.parquet", [(i * 100, 10, 1) for i in range(100)])
+    stretched = make_plan(RunOptions(trace, engine="sim", time_scale=2.5)).trace["arrival_ns"]
+    assert stretched.to_list() == [i * 250_000_000 for i in range(100)]
+    risen = make_plan(RunOptions(trace, engine="sim", ramp_ns=4 * 10**9)).trace["arrival_ns"]
+    assert risen.is_sorted()
+    assert risen[0] == 0
+    counts = [risen.is_between(s * 10**9, (s + 1) * 10**9, closed="left").sum() for s in range(6)]
+    assert counts[:4] == pytest.approx([1.25, 3.75, 6.25, 8.75], abs=1.0), "at w of R the rate is w/R of 10 a second"
+    assert counts[4:] == [10, 10]
+    with pytest.raises(ReplayError, match="--time-scale 0: must be above 0"):
+        make_plan(RunOptions(trace, engine="sim", time_scale=0.0))

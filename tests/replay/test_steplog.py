@@ -318,7 +318,7 @@ def test_a_log_of_format_1_has_no_arrivals(tmp_path):
 
 
 def follow(log, run_dir):
-    argv = [sys.executable, "-m", "replay.steplog", str(log), str(run_dir), "4", "0", RUN]
+    argv = [sys.executable, "-m", "replay.steplog", str(log), str(run_dir), "4", "0", RUN, "0"]
     return subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
@@ -369,7 +369,7 @@ def test_a_follower_that_is_killed_is_made_up_for(engine, tmp_path, until):
     engine.step({name(1): 3})
 
     async def main():
-        async with StepFollower(tmp_path / "log", tmp_path, 4, 0, RUN) as follower:
+        async with StepFollower(tmp_path / "log", tmp_path, 4, 0, RUN, 7) as follower:
             while not list(tmp_path.glob("steps.parquet/*-*.parquet")):
                 await asyncio.sleep(0.05)
             follower._child.process.kill()
@@ -379,5 +379,5 @@ def test_a_follower_that_is_killed_is_made_up_for(engine, tmp_path, until):
 
     follower = asyncio.run(main())
     assert (follower.error, follower.summary["steps"]) == (None, 2)
-    assert scan_table(tmp_path, "steps").collect()["step"].to_list() == [0, 1]
+    assert scan_table(tmp_path, "steps").collect()["step"].to_list() == [7, 8], "as it was told to number them"
     assert scan_table(tmp_path, "segments").collect().height == 2

@@ -73,10 +73,46 @@ def test_open_loop_is_closed_by_any_cap():
     assert (bad.ok, bad.why) == (False, "closed by cap: --max-concurrency 4, --max-rate 2.5")
 
 
-def test_all_answered_names_what_went_wrong():
-    assert verdicts.all_answered(requests(), 10).ok is True
-    bad = verdicts.all_answered(requests(3, status=["ok", "timeout", "timeout"]), 5)
-    assert (bad.ok, bad.value, bad.why) == (False, 0.2, "1 of 5 requests ok: 2 timeout, 2 not sent")
+def test_error_rate_counts_what_was_not_answered_in_full_and_names_it():
+    assert verdicts.error_rate(requests(), 10).ok is True
+    bad = verdicts.error_rate(requests(3, status=["ok", "timeout", "timeout"]), 5)
+    assert (bad.ok, bad.value, bad.why) == (False, 0.8, "1 of 5 requests ok: 2 timeout, 2 not sent")
+
+
+@pytest.mark.parametrize(("lost", "ok"), [(1, True), (2, False)])
+def test_one_request_in_a_hundred_may_fail(lost, ok):
+    assert verdicts.error_rate(requests(100, status=["ok"] * (100 - lost) + ["http_error"] * lost), 100).ok is ok
+
+
+def anchors(*unix_ahead_s):
+    """The manifest's anchors, ten seconds apart, with the wall clock ahead by so much."""
+    return [{"monotonic_ns": 10 * i * S, "unix_ns": round((10 * i + s) * S)} for i, s in enumerate(unix_ahead_s)]
+
+
+def test_one_host_has_one_clock_whatever_becomes_of_the_wall_clock():
+    host = {"host": "a", "offset_ns": 0, "offset_error_ns": 0}
+    steady, stepped = (verdicts.clock_offset([host], anchors(*ahead)) for ahead in [(5, 5.001), (5, 3605, 3605)])
+    assert (steady.ok, steady.value, steady.why) == (True, 0.0, "all times are of one host's clock")
+    assert (stepped.ok, stepped.value) == (True, 0.0)
+    assert stepped.why.endswith("; the wall clock was set by +3,600.00 s meanwhile, which no figure depends on")
+
+
+@pytest.mark.parametrize(("error_ns", "ok"), [(MS, True), (MS + 1, False)])
+def test_clocks_of_several_hosts_must_be_known_to_each_other(error_ns, ok):
+    hosts = [
+        {"host": name, "offset_ns": 7 * S, "offset_error_ns": error} for name, error in [("a", 0), ("b", error_ns)]
+    ]
+    verdict = verdicts.clock_offset(hosts, [])
+    assert (verdict.ok, verdict.value) == (ok, error_ns / MS)
+    assert verdict.why.startswith("2 hosts' clocks, to 1.00")
+
+
+def test_a_run_is_valid_when_it_is_complete_and_no_verdict_is_against_it():
+    good, open_, bad = (verdicts.Verdict(str(ok), ok, None, None, "why") for ok in (True, None, False))
+    assert verdicts.validity("complete", [good, open_]) == {"valid": True, "invalid_because": []}
+    assert verdicts.validity("complete", [good, bad]) == {"valid": False, "invalid_because": ["False: why"]}
+    failed = verdicts.validity("failed", [good], "the server ended")
+    assert failed == {"valid": False, "invalid_because": ["the run failed: the server ended"]}
 
 
 def test_lengths_are_held_against_the_trace_in_both_directions():

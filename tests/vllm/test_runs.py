@@ -228,7 +228,7 @@ def test_a_server_that_dies_leaves_a_readable_run(server, offline, tmp_path):
     assert "ok" in statuses
     assert statuses & {"connect_error", "stream_error"}
     assert run.scan("steps").collect().height > 0
-    assert verdicts(run)["all_answered"] is False
+    assert verdicts(run)["error_rate"] is False
 
 
 def launched(tmp_path, trace, model, python, *arguments):
@@ -258,7 +258,7 @@ def test_the_whole_job_at_tp_2(driver, processes, offline, tmp_path, tiny_model,
     for path in run.path.iterdir():
         assert b"s3cret" not in path.read_bytes(), path.name
     found = verdicts(run)
-    for name in ("all_answered", "lengths_exact", "steps_complete", "clocks_held", "idle_measured"):
+    for name in ("error_rate", "lengths_exact", "steps_complete", "clocks_held", "idle_measured"):
         assert found[name] is True, name
     changes = (tmp_path / "clocks.log").read_text().splitlines()
     assert sorted(changes[:4]) == ["0 1200", "0 W 500", "1 1200", "1 W 500"]

@@ -1,0 +1,144 @@
+"""The commands that repeat a run, rebuilt from its manifest: how its trace was made, and how it was replayed."""
+
+import shlex
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from replay.plan import RunOptions
+from tracegen.durations import NS_PER_S
+from tracegen.errors import RunError
+
+# Of each argument its option; two names: what turns it on and what turns it off.
+OPTIONS: dict[str, str | tuple[str | None, str | None]] = {
+    "engine": "--engine",
+    "model": "--model",
+    "tp": "--tp",
+    "replicas": "--replicas",
+    "router": "--router",
+    "virtual": ("--virtual", None),
+    "freq_mhz": "--freq",
+    "power_cap_w": "--power-cap",
+    "power": "--power",
+    "with_cpu": ("--with-cpu", None),
+    "allow_busy": ("--allow-busy", None),
+    "gpus": "--gpus",
+    "port": "--port",
+    "hardware": "--hardware",
+    "vllm_python": "--vllm-python",
+    "vllm_args": "--vllm-arg",
+    "record_steps": ("--record-steps", "--no-record-steps"),
+    "steps": "--steps",
+    "num_warmups": "--num-warmups",
+    "duration_ns": "--duration",
+    "num_prompts": "--num-prompts",
+    "time_scale": "--time-scale",
+    "ramp_ns": "--ramp",
+    "overlong": "--overlong",
+    "exact": ("--ignore-eos", "--no-ignore-eos"),
+    "max_concurrency": "--max-concurrency",
+    "max_rate_rps": "--max-rate",
+    "workers": "--workers",
+    "endpoint": "--endpoint",
+    "stream": ("--stream", "--no-stream"),
+    "think_time": ("--think-time", None),
+    "idle_ns": "--idle",
+    "ready_timeout_s": "--ready-check-timeout-sec",
+    "request_timeout_s": "--request-timeout-sec",
+    "seed": "--seed",
+    "save_chunks": ("--save-chunks", "--no-save-chunks"),
+    "truth": ("--truth", "--no-truth"),
+    "metadata": "--metadata",
+}
+# What says where things are, or is never written down; a repetition has its own.
+PLACES = {"trace", "output", "resume", "api_key"}
+# A run's own trace.parquet is what was left after these.
+_CUT = {"duration_ns", "num_prompts", "time_scale", "ramp_ns", "overlong"}
+
+
+def options_of(manifest: Mapping[str, Any]) -> RunOptions:
+    """The options that a run was asked with, but for its keys. Raises `RunError` when the manifest does not tell."""
+    arguments = manifest.get("arguments")
+    unknown = sorted(set(arguments or ()) - {field.name for field in fields(RunOptions)})
+    if unknown:
+        raise RunError(f"the manifest's arguments have {', '.join(unknown)}, which this program does not know")
+    try:
+        return msgspec.convert(arguments, RunOptions, dec_hook=lambda kind, value: kind(value))
+    except msgspec.ValidationError as error:
+        raise RunError(f"the manifest's arguments do not tell how the run was asked for ({error})") from None
+
+
+def replay_command(options: RunOptions, output: Path, own_trace: Path | None = None) -> str:
+    """The `replay run` line that asks for `options`, quoted for a shell; what has its default is left out.
+
+    `own_trace`: the run's own trace.parquet, where that must stand in for the trace that it was cut from.
+    """
+    words = ["replay", "run", str(own_trace or options.trace)]
+    for field in fields(RunOptions):
+        value = getattr(options, field.name)
+        default = field.default_factory() if field.default_factory is not MISSING else field.default
+        if field.name not in PLACES and value != default and not (own_trace and field.name in _CUT):
+            words += _words(field.name, value)
+    return shlex.join([*words, "-o", str(output)])
+
+
+def _words(name: str, value: Any) -> list[str]:
+    """One argument as the command takes it."""
+    option = OPTIONS[name]
+    if isinstance(option, tuple):
+        switch = option[0] if value else option[1]
+        assert switch is not None, f"{name} has no option for {value}"
+        return [switch]
+    if name.endswith("_ns"):
+        return [option, exact_duration(value)]
+    if name == "gpus":
+        return [option, ",".join(map(str, value))]
+    if isinstance(value, Mapping):
+        return [word for key, text in value.items() for word in (option, f"{key}={text}")]
+    if isinstance(value, tuple):
+        return [f"{option}={text}" for text in value]  # a text may itself begin with hyphens
+    return [option, str(value)]
+
+
+def exact_duration(ns: int) -> str:
+    """`ns` as a command takes it, to the nanosecond (where a double holds it)."""
+    whole, rest = divmod(ns, NS_PER_S)
+    return f"{whole}s" if not rest else f"{ns / 1e6:.6f}".rstrip("0").rstrip(".") + "ms"
+
+
+def tracegen_commands(metadata: Mapping[str, Any], output: str) -> list[str]:
+    """The `tracegen` lines that make the trace with this file metadata, from its origin on; empty where unknown.
+
+    Files between have the names that they had, in the working directory.
+    """
+    parameters, source = metadata.get("parameters") or {}, metadata.get("source") or {}
+    words = _GENERATORS.get(str(metadata.get("generator")))
+    if words is None:
+        return []
+    try:
+        made_of = str(source.get("file", ""))
+        mine = [*str(metadata["generator"]).split(), *words(parameters, made_of)]
+    except KeyError:
+        return []
+    if "seed" in metadata:
+        mine += ["--seed", str(metadata["seed"])]
+    before = tracegen_commands(source.get("metadata") or {}, made_of)
+    return [*before, shlex.join([*mine, "-o", output])]
+
+
+_GENERATORS: dict[str, Callable[[Mapping[str, Any], str], list[str]]] = {
+    "tracegen synth": lambda asked, _: [
+        "--mix", str(asked["mix"]), "--rate", str(asked["rate_rps"]), "--duration",
+        exact_duration(asked["duration_ns"]),
+    ],
+    "tracegen scale": lambda asked, file: [file, "--rate", str(asked["rate_target_rps"])],
+    "tracegen slice": lambda asked, file: [
+        file, "--start", exact_duration(asked["start_ns"]), "--duration", exact_duration(asked["duration_ns"]),
+    ],
+    "tracegen import azure": lambda asked, file: [
+        file, "--label", str(asked["label"]), *["--skip-bad"] * bool(asked["skip_bad"]),
+    ],
+}  # fmt: skip

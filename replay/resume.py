@@ -1,0 +1,245 @@
+"""Going on with a run that was cut short: what is left of it, and its directory made ready for another stretch.
+
+Tables of the stretches before stay where they are, as parts with names of their own, so the directory can be read at
+any moment and those who write parts begin anew. Times of all stretches are of one clock, which is why a run cannot go
+on after its machine was booted again.
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from replay.again import OPTIONS, options_of
+from replay.clock import NS_PER_S
+from replay.plan import RunOptions
+from replay.records import recover
+from replay.rundir import REQUESTS, TABLES, Run, read_manifest
+from replay.summary import last_on_record, stretches
+from tracegen.errors import ReplayError
+from tracegen.schema import read_trace, write_parquet
+
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+# What a run that has ended says of its end.
+_ENDED = {
+    "measure_end_ns", "requests", "valid", "invalid_because", "client_error", "failure", "not_restored", "no_steps",
+    "gpus_shared_with",
+}  # fmt: skip
+_BEFORE = "before-{:06d}.parquet"  # a part of the stretches before
+# What a command may give beside --resume.
+_FREE = {"trace", "resume", "output", "api_key"}
+
+
+def boot_id() -> str | None:
+    """What tells this boot of the machine from others; None where the system does not say."""
+    return _BOOT_ID.read_text(encoding="ascii").strip() if _BOOT_ID.exists() else None
+
+
+def resumed_options(given: RunOptions) -> RunOptions:
+    """The options that the run at `given.resume` was begun with, reading what it was to send from its own trace.
+
+    Raises `ReplayError` when `given` asks for anything else, or the run cannot go on.
+    """
+    run_dir = given.resume
+    assert run_dir is not None
+    plain = RunOptions(given.trace)
+    names = [field.name for field in fields(RunOptions) if field.name not in _FREE]
+    changed = [name for name in names if getattr(given, name) != getattr(plain, name)]
+    if changed:
+        option = OPTIONS[changed[0]]
+        name = option if isinstance(option, str) else " or ".join(filter(None, option))
+        raise ReplayError(f"{name} with --resume: a run goes on as it was begun; leave it out, or begin another run")
+    if given.output is not None and given.output.resolve() != run_dir.resolve():
+        raise ReplayError(f"-o {given.output} with --resume: a run goes on in its own directory, {run_dir}")
+    manifest = read_manifest(run_dir)
+    _check(run_dir, manifest)
+    begun = options_of(manifest)
+    # The run's own trace was cut when it was begun.
+    own = replace(begun, trace=run_dir / "trace.parquet", duration_ns=None, num_prompts=None, time_scale=1.0, ramp_ns=0)
+    return replace(own, output=run_dir, resume=run_dir, api_key=given.api_key)
+
+
+def _check(run_dir: Path, manifest: Mapping[str, Any]) -> None:
+    """Raise `ReplayError` for a run that cannot go on."""
+    if manifest.get("clock") == "virtual":
+        raise ReplayError(f"{run_dir}: a run in virtual time does not go on; repeat it, it takes minutes")
+    if not manifest.get("stretches") or not (run_dir / "trace.parquet").is_file():
+        raise ReplayError(f"{run_dir}: no request was due yet (state: {manifest['state']}); begin another run")
+    before, now = manifest["stretches"][-1]["boot_id"], boot_id()
+    if before is None or before != now:
+        raise ReplayError(
+            f"{run_dir}: this is another machine, or it was booted since the run was cut short; times of both cannot "
+            "be put together, so begin another run"
+        )
+
+
+@dataclass(frozen=True)
+class TakenUp:
+    """A run that goes on."""
+
+    manifest: dict[str, Any]  # as it was left, its stretches closed
+    remaining: pl.DataFrame  # of the trace, in order
+    recorded: int  # requests that are on record and stay so
+    aborted: int  # of those that remain, how many were on record as aborted
+    first_steps: dict[int, int]  # of each instance, the number of its next step
+    counters: dict[
+        int, tuple[int, int]
+    ]  # of each GPU, when its energy counter was read last, ns, and what it showed, mJ
+
+    def goes_on(self, fresh: Mapping[str, Any]) -> dict[str, Any]:
+        """The manifest to go on with; of `fresh`, a new run's, what is found out anew."""
+        kept = {key: value for key, value in self.manifest.items() if key not in _ENDED}
+        anew = {key: fresh[key] for key in ("state", "instances", "gpus", "workers", "versions", "verdicts")}
+        return {**kept, **anew, "clock_anchors": [*kept["clock_anchors"], *fresh["clock_anchors"]]}
+
+    def keep_idle(self, manifest: Mapping[str, Any]) -> None:
+        """Idle power before the run is that before its first stretch, where it was measured."""
+        before = {entry["gpu"]: entry["idle_power_w"] for entry in self.manifest["gpus"] if entry.get("idle_power_w")}
+        for entry in manifest["gpus"]:
+            if entry["gpu"] in before:
+                entry["idle_power_w"] = before[entry["gpu"]]
+
+    @property
+    def news(self) -> str:
+        """What is left, for the first line."""
+        again = f", {self.aborted:,} of them aborted before" if self.aborted else ""
+        return f"going on: {self.recorded:,} requests are on record, {self.remaining.height:,} are left{again}"
+
+
+def take_up(run_dir: Path) -> TakenUp:
+    """Make the run in `run_dir`, which nobody writes into now, ready to go on.
+
+    What its workers had logged is stored; its tables become parts; rows of aborted requests are dropped, and the
+    engine's work for requests that are sent again is nobody's. Raises `ReplayError` when nothing is left to send.
+    """
+    _restore(run_dir)
+    recover(run_dir)
+    run = Run.open(run_dir)
+    trace = read_trace(run_dir / "trace.parquet")
+    columns = ["request_id", "status"]
+    record = run.scan("requests", columns).collect() if run.has("requests") else REQUESTS.to_frame().select(columns)
+    ended = record.filter(pl.col("status") != "aborted")["request_id"]
+    remaining = trace.filter(~pl.col("request_id").is_in(ended.implode()))
+    if remaining.is_empty():
+        why = "" if run.manifest["state"] == "complete" else "; its tables can be read as they are"
+        raise ReplayError(f"{run_dir}: nothing is left to send: all {trace.height:,} requests are on record{why}")
+    manifest = {**run.manifest, "stretches": closed(run)}
+    first_steps, counters = _next_steps(run), _last_counters(run)
+    for table in TABLES:
+        if table not in {"trace", "truth"}:
+            _set_aside(run_dir, table)
+    (run_dir / "truth.parquet").unlink(missing_ok=True)  # of a run that had ended: it is computed anew
+    again = remaining["request_id"].implode()
+    aborted = _rewrite(run_dir, "requests", pl.col("status") == "aborted", drop=True)
+    for table in ("segments", "arrivals"):
+        _rewrite(run_dir, table, pl.col("request_id").is_in(again), drop=False)
+    return TakenUp(manifest, remaining, trace.height - remaining.height, aborted, first_steps, counters)
+
+
+def begin_stretch(manifest: dict[str, Any], start_ns: int) -> None:
+    """Note in `manifest` that requests are sent from `start_ns` on."""
+    mine = {"start_ns": start_ns, "end_ns": None, "boot_id": boot_id()}
+    before = manifest.get("stretches", [])
+    manifest |= {"state": "running", "stretches": [*before, mine]}
+    manifest.setdefault("measure_start_ns", start_ns)
+    if before:
+        manifest["paused_s"] = _paused_s(manifest["stretches"])
+
+
+def end_stretch(manifest: Mapping[str, Any], end_ns: int) -> dict[str, Any]:
+    """What of the manifest changes when the stretch that was begun ends, at `end_ns` or as soon as it had begun."""
+    *before, mine = manifest["stretches"]
+    end_ns = max(end_ns, mine["start_ns"] + 1)
+    return {"measure_end_ns": end_ns, "stretches": [*before, {**mine, "end_ns": end_ns}]}
+
+
+def closed(run: Run) -> list[dict[str, Any]]:
+    """The manifest's stretches; the last one of a run that was killed ends with the last that is on record."""
+    windows = stretches(run.manifest, last_on_record(run))
+    return [{**s, "end_ns": end_ns} for s, (_, end_ns) in zip(run.manifest["stretches"], windows, strict=True)]
+
+
+def _paused_s(parts: Sequence[Mapping[str, Any]]) -> float:
+    """How long a run lay between its stretches, s."""
+    return float(sum(after["start_ns"] - before["end_ns"] for before, after in pairwise(parts))) / NS_PER_S
+
+
+def _next_steps(run: Run) -> dict[int, int]:
+    """The number of each instance's next step: one more than its last on record."""
+    last: dict[int, int] = {}
+    for batch in run.batches("steps", ["instance", "step"]) if run.has("steps") else ():
+        for instance, step in batch.group_by("instance").agg(pl.col("step").max()).iter_rows():
+            last[instance] = max(step, last.get(instance, 0))
+    return {instance: step + 1 for instance, step in last.items()}
+
+
+def _last_counters(run: Run) -> dict[int, tuple[int, int]]:
+    """When each GPU's energy counter was read last, and what it showed."""
+    last: dict[int, tuple[int, int]] = {}
+    for batch in run.batches("power", ["t_ns", "gpu", "energy_mj"]) if run.has("power") else ():
+        for gpu, t_ns, energy_mj in (
+            batch.drop_nulls("energy_mj")
+            .sort("t_ns")
+            .group_by("gpu")
+            .last()
+            .select("gpu", "t_ns", "energy_mj")
+            .iter_rows()
+        ):
+            last[gpu] = max((t_ns, energy_mj), last.get(gpu, (t_ns, energy_mj)))
+    return last
+
+
+def _staged(run_dir: Path, table: str) -> Path:
+    """The folder of a table's parts, while it cannot have its name yet."""
+    return run_dir / f".{table}.parts-before"
+
+
+def _restore(run_dir: Path) -> None:
+    """Mend what a kill in the middle of `_set_aside` left."""
+    for table in TABLES:
+        path = run_dir / f"{table}.parquet"
+        if not path.exists() and _staged(run_dir, table).is_dir():
+            _staged(run_dir, table).rename(path)
+
+
+def _set_aside(run_dir: Path, table: str) -> None:
+    """Give the parts of `table` names that no writer uses; a table that is one file becomes a part.
+
+    The names sort before those of writers, so rows stay in the order in which they were written.
+    """
+    path, folder = run_dir / f"{table}.parquet", _staged(run_dir, table)
+    if path.is_file():
+        folder.mkdir(exist_ok=True)
+        part = folder / _BEFORE.format(0)
+        part.unlink(missing_ok=True)
+        os.link(path, part)
+        path.unlink()
+        folder.rename(path)
+    elif path.is_dir():
+        parts = sorted(path.glob("*-*.parquet"))
+        before = [part for part in parts if part.name.startswith("before-")]
+        for number, part in enumerate(parts[len(before) :], len(before)):
+            part.rename(path / _BEFORE.format(number))
+
+
+def _rewrite(run_dir: Path, table: str, which: pl.Expr, *, drop: bool) -> int:
+    """Drop the rows of `table` that are `which`, or make their `request_id` null, part by part; how many they were."""
+    count = 0
+    for part in sorted((run_dir / f"{table}.parquet").glob("*-*.parquet")):
+        frame = pl.read_parquet(part)
+        found = frame.filter(which.fill_null(value=False)).height
+        if found and drop:
+            frame = frame.filter(~which.fill_null(value=False))
+        elif found:
+            unowned = pl.when(which.fill_null(value=False)).then(None).otherwise("request_id")
+            frame = frame.with_columns(unowned.alias("request_id").cast(frame.schema["request_id"]))
+        if found and frame.is_empty():
+            part.unlink()
+        elif found:
+            write_parquet(frame.to_arrow(compat_level=pl.CompatLevel.oldest()), part)
+        count += found
+    return count
