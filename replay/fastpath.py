@@ -21,8 +21,9 @@ from replay.timerfd import NS_PER_MS, NS_PER_S, TimerFd, now_ns
 from replay.workload import FOREVER_NS, Config, Job, RateLimit, Workload
 
 _READ_BYTES = 1 << 14
-_EVENTS = 256  # read, or sent, before the others get their turn
-_SENT_PER_READ = 4
+_EVENTS = 256  # read before what is late is sent
+_SENT_AT_ONCE = 32
+_LATE_NS = 5 * NS_PER_MS  # what is later than that finds a client that cannot keep up: then answers are read first
 _THICK_NS = 2 * NS_PER_MS  # packets that come closer together than that come thick
 _EARLY_NS = 50_000  # a sleeper wakes so late; the rest is waited for awake
 _DOZE_S = 0.001  # what epoll's clock can do least
@@ -120,8 +121,8 @@ class FastPath:
                     self._on_event(connection, event)
             elif fd == self._stop_fd:
                 self._stopped = not os.read(fd, 4096)
-            if t_ns >= self._next_ns:
-                self._send_due(now_ns(), _SENT_PER_READ)
+            if 0 <= t_ns - self._next_ns < _LATE_NS:
+                self._send_due(now_ns())
         self._busy_since(begun_ns)
 
     def _doze(self, served_ns: int) -> None:
@@ -163,8 +164,6 @@ class FastPath:
         self._alarm.close()
         self._epoll.close()
 
-    # ---- sending
-
     def _arm(self) -> None:
         """Wake when the next request may leave."""
         next_ns = self._work.due_ns()
@@ -177,8 +176,9 @@ class FastPath:
         """Whether the cap on requests in flight lets another one go."""
         return self._config.max_concurrency is None or len(self._in_flight) < self._config.max_concurrency
 
-    def _send_due(self, t_ns: int, most: int = _EVENTS) -> None:
-        """Send what is due, but `most` at once: a client that cannot keep up must read too, or it would drown."""
+    def _send_due(self, t_ns: int) -> None:
+        """Send what is due, but not more at once than some: a client that cannot keep up must read, or it drowns."""
+        most = _SENT_AT_ONCE
         capped = self._config.max_concurrency is not None or self._config.max_rate_rps is not None
         while most > 0 and self._work.due_ns() <= t_ns:
             most -= 1
@@ -245,8 +245,6 @@ class FastPath:
         if not whole:
             self._epoll.modify(connection.fd, select.EPOLLIN | select.EPOLLOUT)
 
-    # ---- reading
-
     def _on_event(self, connection: Connection, event: int) -> None:
         """Something else than bytes to read alone."""
         if event & select.EPOLLOUT:
@@ -302,6 +300,7 @@ class FastPath:
                 self.tally.first_token(record)
                 self.tally.reading.add(read_ns - at_ns)
                 self.tally.unstamped += at_ns == read_ns
+                self.tally.shared += len(record.chunk_ns) > 1
         elif sum(map(len, connection.body)) < _BODY_LIMIT:
             connection.body.append(body)
         if response.done:
@@ -334,8 +333,6 @@ class FastPath:
         else:
             self._pool.close(connection)
 
-    # ---- what goes wrong
-
     def _lose(self, connection: Connection, why: str, at_ns: int | None = None) -> None:
         """The connection broke. A request that an idle one broke under is sent once more, on a new one."""
         job = connection.job
@@ -367,8 +364,6 @@ class FastPath:
         if self._config.think_time or self._held:
             self._work.ended(record, at_ns)
             self._arm()
-
-    # ---- between the requests
 
     def _prepare(self, t_ns: int) -> bool:
         """Make a request or open a connection ahead, if there is time; whether there may be more to do."""

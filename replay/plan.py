@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
+from replay.cut import ramped
 from replay.engines.model_size import weights_mib
 from replay.engines.vllm import DEFAULT_MODEL, check_arguments, check_version, inspect_vllm, vllm_installed
 from replay.gpu.base import open_gpus
@@ -281,16 +282,6 @@ def _slice(trace: pl.DataFrame, options: RunOptions) -> pl.DataFrame:
     if options.ramp_ns:
         arrival_ns = ramped(arrival_ns, options.ramp_ns)
     return trace.with_columns(pl.Series("arrival_ns", arrival_ns))
-
-
-def ramped(arrival_ns: npt.NDArray[np.int64], ramp_ns: int) -> npt.NDArray[np.int64]:
-    """When requests are due whose rate rises linearly from nothing to the trace's own over `ramp_ns`, then stays so.
-
-    What the trace sends up to t is sent up to w, where t = w² / 2R for w < R = `ramp_ns`, and t = w - R/2 after: the
-    rate at w is w/R of the trace's, nobody is left out, and gaps after the ramp are the trace's.
-    """
-    rising = np.sqrt(2.0 * ramp_ns * arrival_ns).astype(np.int64)
-    return np.where(arrival_ns < ramp_ns / 2, rising, arrival_ns + ramp_ns // 2)
 
 
 def _choose_engine(options: RunOptions) -> tuple[str, str]:

@@ -74,6 +74,7 @@ class Tally:
         self.sending = Histogram()  # how long the sends took: a request left in between
         self.reading = Histogram()  # how long first tokens lay in the kernel before they were read
         self.unstamped = 0  # first tokens whose arrival the kernel did not say
+        self.shared = 0  # first tokens that were read with later ones, and so have the last one's stamp
         self._lag_us: list[int] = []
         self._ttft_us: list[int] = []
 
@@ -116,7 +117,7 @@ class Tally:
         """
         return {
             **self.message(()), "done": True, "sending": self.sending.as_list(), "reading": self.reading.as_list(),
-            "unstamped": self.unstamped, "clock_steps": steps, "stamp_error_ns": stamp_error_ns,
+            "unstamped": self.unstamped, "shared": self.shared, "clock_steps": steps, "stamp_error_ns": stamp_error_ns,
         }  # fmt: skip
 
 

@@ -125,12 +125,10 @@ class LoadWorkers:
         lay there before they were read, which is in no figure. Without them a first token may have lain as long as the
         event loop was held up at worst.
         """
-        sending, reading, unstamped, steps, error_ns = Histogram(), Histogram(), 0, 0, 0
+        sending, reading, error_ns = Histogram(), Histogram(), 0
         for message in self._latest:
             sending.merge(Histogram.from_list(message.get("sending", [0, []])))
             reading.merge(Histogram.from_list(message.get("reading", [0, []])))
-            unstamped += message.get("unstamped", 0)
-            steps += message.get("clock_steps", 0)
             told = message.get("stamp_error_ns", 0)
             error_ns = -1 if told is None else max(error_ns, told)
         if error_ns < 0:
@@ -143,8 +141,9 @@ class LoadWorkers:
             "ttft_ms": None if bound is None else {q: ms + error_ns / 1e6 for q, ms in bound.items()},
             "source": "kernel stamps",
             "read_delay_ms": reading.summary_ms(),
-            "unstamped": unstamped,
-            "wall_clock_steps": steps,
+            "unstamped": self.total("unstamped"),
+            "shared": self.total("shared"),
+            "wall_clock_steps": self.total("clock_steps"),
         }
 
 

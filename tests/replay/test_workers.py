@@ -42,7 +42,7 @@ def test_the_manifest_says_how_exact_the_clients_times_are(shared):
     assert error["source"] == "kernel stamps"
     assert 0 < error["ttft_ms"]["p50"] <= error["ttft_ms"]["p99"] <= error["ttft_ms"]["max"]
     assert error["read_delay_ms"]["p50"] >= 0
-    assert (error["unstamped"], error["wall_clock_steps"]) == (0, 0)
+    assert (error["unstamped"], error["shared"], error["wall_clock_steps"]) == (0, 0, 0)
 
 
 def test_a_worker_that_is_killed_fails_the_run_and_keeps_what_was_recorded(

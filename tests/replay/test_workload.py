@@ -115,7 +115,7 @@ def test_as_many_workers_as_the_load_needs_and_cores_there_are(monkeypatch):
     assert worker_count(trace([0] * 2500), **fast) == 3
     assert worker_count(trace([0] * 50_000), **fast) == 4
     assert worker_count(trace([0] * 50_000), **{**fast, "one": True}) == 1
-    assert worker_count(trace([0] * 900), **{**fast, "fast": False}) == 4
+    assert worker_count(trace([0] * 900), **{**fast, "fast": False}) == 3
     assert worker_count(trace([0] * 10), **{**fast, "asked": 7}) == 7
     assert worker_count(trace([0] * 3), **{**fast, "asked": 7}) == 3, "none without a request"
 
