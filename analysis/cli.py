@@ -22,7 +22,8 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tabl
 Method = Annotated[
     str,
     typer.Option(
-        help="How a step is shared: shapley (the work's own price), equal-time, tokens, or marginal (what it adds)."
+        help="How a step is shared: shapley (the work's own price), work (in proportion of that), equal-time, tokens, "
+        "or marginal (what it adds)."
     ),
 ]
 

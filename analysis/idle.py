@@ -20,6 +20,7 @@ LEAST_STRETCH_S = 2.0  # of the run's own idleness, where no baseline was taken
 SETTLE_S = 0.5  # sensor and board come to rest
 UNKNOWN_REL = 0.02  # how far idle power is trusted when it was measured once
 KNOWN_REL = 0.005  # and when it was measured before and after
+CONTRADICTS_S, CONTRADICTS_REL = 5.0, 0.05  # so much idleness that is so far off speaks against a baseline
 SOURCES = ("counter", "instant", "average")
 
 
@@ -58,7 +59,12 @@ def idle_power(
     `steps` are those of every instance that uses the GPU; `changes_s` when its clock was changed for long. Raises
     `AnalysisError` when neither baseline nor idle stretch is there.
     """
-    idle = _from_manifest(gpu, source) or _from_run(gpu, curve, steps, duration_s, path)
+    told = _from_manifest(gpu, source)
+    idle = (
+        _from_run(gpu, curve, steps, duration_s, path)
+        if told is None
+        else _against_run(gpu, told, curve, steps, duration_s)
+    )
     return _by_clock(gpu, idle, curve, steps, duration_s, changes_s) if len(changes_s) else idle
 
 
@@ -75,6 +81,23 @@ def _from_manifest(gpu: GpuData, source: str) -> Idle | None:
         why = None if other == source else f"{gpu.name}: no idle power from the {source}, taken from {other}"
         return Idle(first, last, se_w, other, why)
     return None
+
+
+def _against_run(gpu: GpuData, idle: Idle, curve: Curve, steps: Sequence[Steps], duration_s: float) -> Idle:
+    """`idle`, less certain and with a remark where the run's own idle stretches contradict it."""
+    stretches = _stretches(steps, 0.0, duration_s)
+    if not stretches:
+        return idle
+    level_w, seconds = _mean_w(curve, stretches)
+    told_w = float(np.mean([np.mean(idle.at(np.array(ends), duration_s)) for ends in stretches]))
+    off_w = abs(level_w - told_w)
+    if seconds < CONTRADICTS_S or off_w <= max(3 * idle.se_w, CONTRADICTS_REL * told_w):
+        return idle
+    said = (
+        f"{gpu.name}: the manifest's idle power is {told_w:.1f} W, but {seconds:.0f} s without a request show "
+        f"{level_w:.1f} W; what is left over goes to idle time first"
+    )
+    return replace(idle, se_w=off_w, why="; ".join(text for text in (idle.why, said) if text))
 
 
 def _from_run(gpu: GpuData, curve: Curve, steps: Sequence[Steps], duration_s: float, path: str) -> Idle:

@@ -47,22 +47,39 @@ def save(energy: Energy) -> None:
 
 
 def ensure_energy(run: Run) -> RunEnergy:
-    """The saved attribution of a complete `run` where it is newer than its manifest, else a new one, saved.
+    """The saved attribution of a complete `run` where it is newer than the run's files, else a new one, saved.
 
-    A run that cannot be attributed (no power) still has latencies: it comes back with `why`.
+    One that was saved by another method is what somebody asked for: it stays, and the new one is not kept. A run that
+    cannot be attributed (no power) still has latencies: it comes back with `why`.
     """
-    summary_path = run.path / ENERGY_DIR / SUMMARY
-    whole = run.manifest.get("state") == "complete"  # a run that goes on, or was cut off, may have grown since
-    if whole and summary_path.is_file() and summary_path.stat().st_mtime >= (run.path / MANIFEST).stat().st_mtime:
-        summary = json.loads(summary_path.read_text(encoding="utf-8"))
-        if summary.get("method") == DEFAULT_METHOD:
-            return RunEnergy(pl.read_parquet(run.path / ENERGY_DIR / "requests.parquet"), summary)
+    known = _saved(run)
+    if known is not None and known.summary is not None and known.summary.get("method") == DEFAULT_METHOD:
+        return known
     try:
         energy = attribute(run)
     except (AnalysisError, RunError) as error:
         return RunEnergy(None, None, why=str(error))
+    if known is not None and known.summary is not None:
+        kept = f"{ENERGY_DIR}/ is by method {known.summary.get('method')}, and stays so"
+        return RunEnergy(energy.requests, energy.summary, fresh=True, unsaved=kept)
     try:
         save(energy)
     except AnalysisError as error:  # a run that may only be read is still answered
         return RunEnergy(energy.requests, energy.summary, fresh=True, unsaved=str(error))
     return RunEnergy(energy.requests, energy.summary, fresh=True)
+
+
+def _saved(run: Run) -> RunEnergy | None:
+    """What is saved of a complete `run`; None where that is nothing, broken, or older than the run's files."""
+    folder = run.path / ENERGY_DIR
+    if run.manifest.get("state") != "complete":  # a run that goes on, or was cut off, may have grown since
+        return None
+    try:
+        saved = (folder / SUMMARY).stat().st_mtime
+        files = [run.path / MANIFEST, *(path for path in run.path.glob("*.parquet") if path.is_file())]
+        if any(path.stat().st_mtime > saved for path in files):
+            return None
+        summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
+        return RunEnergy(pl.read_parquet(folder / "requests.parquet"), summary) if isinstance(summary, dict) else None
+    except (OSError, ValueError, pl.exceptions.PolarsError):
+        return None

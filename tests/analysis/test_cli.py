@@ -2,7 +2,9 @@
 
 import errno
 import json
+import os
 import sys
+import time
 
 import polars as pl
 import pytest
@@ -77,6 +79,28 @@ def test_the_tables_for_people(cli, run_of):
     assert code == 0
     assert "lower" in out
     assert "SIMULATED  A: a" in out
+
+
+def test_what_was_asked_for_by_another_method_is_not_written_over(cli, run_of):
+    run = run_of("a")
+    assert cli("energy", run.path, "--method", "equal-time")[0] == 0
+    kept = (run.path / "energy" / "requests.parquet").read_bytes()
+    code, _, err = cli("buckets", run.path)
+    assert code == 0
+    assert "energy/ is by method equal-time, and stays so" in err
+    assert (run.path / "energy" / "requests.parquet").read_bytes() == kept
+
+
+@pytest.mark.parametrize("name", ["summary.json", "requests.parquet"])
+def test_a_saved_attribution_that_is_broken_or_old_is_made_anew(cli, run_of, name):
+    run = run_of("a")
+    cli("buckets", run.path)
+    first = pl.read_parquet(run.path / "energy" / "requests.parquet")
+    (run.path / "energy" / name).write_text("{")
+    assert "energy attributed and saved" in cli("buckets", run.path)[2]
+    assert_frame_equal(pl.read_parquet(run.path / "energy" / "requests.parquet"), first)
+    os.utime(run.path / "power.parquet", (time.time() + 5, time.time() + 5))
+    assert "energy attributed and saved" in cli("buckets", run.path)[2]
 
 
 def test_where_energy_cannot_be_kept_others_go_on_and_energy_says_so(cli, run_of, tmp_path, monkeypatch):

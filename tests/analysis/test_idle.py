@@ -74,3 +74,13 @@ def test_a_clock_whose_idle_power_nobody_measured_is_named():
     found = idle(gpu({"counter": 100.0}), curve((END_S, 400.0)), steps((0, END_S)), changes_s=(30.0,))
     np.testing.assert_allclose(found.at(np.array([10.0, 90.0]), END_S), [100.0, 100.0])
     assert "from 30 s on was not measured" in str(found.why)
+
+
+def test_a_baseline_that_the_runs_own_rest_contradicts_is_less_certain_by_as_much_and_says_so():
+    course = curve((40.0, 400.0), (60.0, 100.0), (END_S, 400.0))
+    working = steps((0, 40), (60, END_S))
+    sound, odd = (idle(gpu({"counter": w}, {"counter": w}), course, working) for w in (101.0, 130.0))
+    assert sound.why is None
+    assert odd.before_w == 130.0
+    assert odd.se_w == pytest.approx(30.0)
+    assert "is 130.0 W, but 20 s without a request show 100.0 W" in odd.why

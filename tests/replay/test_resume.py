@@ -209,11 +209,12 @@ def test_a_killed_run_goes_on_to_its_end(command, make_trace, tmp_path, until, p
     options = ("--engine", "sim", "--tp", "8", "--freq", "1200", "--idle", "200ms")
     process = command("run", trace, *options, "-o", run_dir)
     until(lambda: has_table(run_dir, "requests") and Run.open(run_dir).scan("requests").collect().height >= 4)
-    taken = command("run", "--resume", run_dir)
-    assert "another replay is still writing there" in taken.communicate(timeout=60)[1]
     process.kill()
     process.communicate(timeout=60)
     until(lambda: not processes(run_dir))
+    with hold(run_dir):
+        taken = command("run", "--resume", run_dir)
+        assert "another replay is still writing there" in taken.communicate(timeout=60)[1]
     killed = check(run_dir)
     assert (killed["whole"], killed["valid"]) == (False, None)
     again = command("run", "--resume", run_dir, "--json")
