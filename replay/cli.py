@@ -249,10 +249,13 @@ def run(
         print_json(summary)
     else:
         say("\n".join(lines(summary)))
-        then = "energy" if summary["gpus"] else "buckets"
-        say(f"\nwrote {run_dir}; next: analysis {then} {run_dir}")
+        then = f"analysis {'energy' if summary['gpus'] else 'buckets'}"
+        whole = summary["state"] == "complete" or options.virtual
+        say(f"\nwrote {run_dir}; next: {then if whole else 'replay run --resume'} {run_dir}")
     if summary["state"] != "complete":
         sys.exit(130 if summary["state"] == "interrupted" else 1)
+    if not summary["requests_ok"]:
+        sys.exit(1)
 
 
 def _run(options: RunOptions, progress: Progress, prometheus_port: int | None) -> Path:

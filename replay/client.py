@@ -90,7 +90,8 @@ class CompletionsClient:
             elif self._stream:
                 await self._read(response, record)
             else:
-                take_whole(record, await response.read())
+                body = await response.read()
+                take_whole(record, body, now_ns())
 
     @staticmethod
     async def _read(response: aiohttp.ClientResponse, record: Record) -> None:

@@ -322,7 +322,7 @@ class FastPath:
         if record.http_status != 200:
             self._settle(job, "http_error", shorten(b"".join(connection.body)), at_ns)
         elif not self._config.stream:
-            take_whole(record, b"".join(connection.body))
+            take_whole(record, b"".join(connection.body), at_ns)
             self.tally.tokens += record.output_tokens or 0
             self._settle(job, record.status, record.error, at_ns)
         else:

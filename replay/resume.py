@@ -77,6 +77,9 @@ def _check(run_dir: Path, manifest: Mapping[str, Any]) -> None:
         )
 
 
+UNANSWERED = ("aborted", "connect_error")  # statuses of requests that are sent again
+
+
 @dataclass(frozen=True)
 class TakenUp:
     """A run that goes on."""
@@ -84,7 +87,7 @@ class TakenUp:
     manifest: dict[str, Any]  # as it was left, its stretches closed
     remaining: pl.DataFrame  # of the trace, in order
     recorded: int  # requests that are on record and stay so
-    aborted: int  # of those that remain, how many were on record as aborted
+    unanswered: int  # of those that remain, how many were on record: aborted, or the server was not there
     first_steps: dict[int, int]  # of each instance, the number of its next step
     counters: dict[
         int, tuple[int, int]
@@ -106,15 +109,16 @@ class TakenUp:
     @property
     def news(self) -> str:
         """What is left, for the first line."""
-        again = f", {self.aborted:,} of them aborted before" if self.aborted else ""
+        again = f", {self.unanswered:,} of them sent before and not answered" if self.unanswered else ""
         return f"going on: {self.recorded:,} requests are on record, {self.remaining.height:,} are left{again}"
 
 
 def take_up(run_dir: Path) -> TakenUp:
     """Make the run in `run_dir`, which nobody writes into now, ready to go on.
 
-    What its workers had logged is stored; its tables become parts; rows of aborted requests are dropped, and the
-    engine's work for requests that are sent again is nobody's. Raises `ReplayError` when nothing is left to send.
+    What its workers had logged is stored; its tables become parts; rows of requests that were aborted or found no
+    server are dropped, and the engine's work for requests that are sent again is nobody's. Raises `ReplayError` when
+    nothing is left to send.
     """
     _restore(run_dir)
     recover(run_dir)
@@ -122,7 +126,7 @@ def take_up(run_dir: Path) -> TakenUp:
     trace = read_trace(run_dir / "trace.parquet")
     columns = ["request_id", "status"]
     record = run.scan("requests", columns).collect() if run.has("requests") else REQUESTS.to_frame().select(columns)
-    ended = record.filter(pl.col("status") != "aborted")["request_id"]
+    ended = record.filter(~pl.col("status").is_in(UNANSWERED))["request_id"]
     remaining = trace.filter(~pl.col("request_id").is_in(ended.implode()))
     if remaining.is_empty():
         why = "" if run.manifest["state"] == "complete" else "; its tables can be read as they are"
@@ -134,10 +138,10 @@ def take_up(run_dir: Path) -> TakenUp:
             _set_aside(run_dir, table)
     (run_dir / "truth.parquet").unlink(missing_ok=True)  # of a run that had ended: it is computed anew
     again = remaining["request_id"].implode()
-    aborted = _rewrite(run_dir, "requests", pl.col("status") == "aborted", drop=True)
+    unanswered = _rewrite(run_dir, "requests", pl.col("status").is_in(UNANSWERED), drop=True)
     for table in ("segments", "arrivals"):
         _rewrite(run_dir, table, pl.col("request_id").is_in(again), drop=False)
-    return TakenUp(manifest, remaining, trace.height - remaining.height, aborted, first_steps, counters)
+    return TakenUp(manifest, remaining, trace.height - remaining.height, unanswered, first_steps, counters)
 
 
 def begin_stretch(manifest: dict[str, Any], start_ns: int) -> None:

@@ -152,8 +152,11 @@ class EventStream:
             _judge_length(record)
 
 
-def take_whole(record: Record, body: bytes) -> None:
-    """Enter what the answer to a request that was not streamed says; when its tokens came nobody knows."""
+def take_whole(record: Record, body: bytes, at_ns: int) -> None:
+    """Enter what the answer to a request that was not streamed says, whose end came at `at_ns`.
+
+    Its last token came with it; when the others came nobody knows.
+    """
     record.chunk_tokens = None
     try:
         answer = _decode(body)
@@ -167,6 +170,7 @@ def take_whole(record: Record, body: bytes) -> None:
     elif not any(choice.finish_reason for choice in answer.choices):
         record.status, record.error = "stream_error", "the answer has no finish reason"
     else:
+        record.last_token_ns = at_ns
         _judge_length(record)
 
 

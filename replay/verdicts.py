@@ -19,6 +19,7 @@ from replay.gpu.baseline import fell_back
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
 
+MOST_WORDS = 80  # characters of a server's own words
 LAG_BOUND_MS = 10.0  # p99; a fiftieth of the tightest usual TTFT target
 STALL_BOUND_MS = 100.0
 ERROR_BOUND = 0.01  # above it p99 of latency is unknown: what was lost could have been all of the slowest hundredth
@@ -102,10 +103,22 @@ def worst(judged: Sequence[Verdict]) -> Verdict:
 def error_rate(requests: pl.DataFrame, planned: int) -> Verdict:
     """Whether the trace's requests were answered in full: the share of those that were not, unsent ones too."""
     ok = requests.filter(pl.col("status") == "ok").height
-    counts = requests.filter(pl.col("status") != "ok").group_by("status").len().sort("len", descending=True).rows()
+    bad = requests.filter(pl.col("status") != "ok")
     unsent = planned - requests.height
-    others = [f"{count} {status}" for status, count in counts] + [f"{unsent} not sent"] * (unsent > 0)
-    return errors(ok, planned, others)
+    others = [_of_status(of) for of in sorted(bad.partition_by("status"), key=lambda of: -of.height)]
+    return errors(ok, planned, others + [f"{unsent} not sent"] * (unsent > 0))
+
+
+def _of_status(requests: pl.DataFrame) -> str:
+    """How many requests ended with one status, and what was said most often of why."""
+    text = f"{requests.height} {requests['status'][0]}"
+    code = pl.when(pl.col("http_status") != 200).then(pl.col("http_status").cast(pl.String))
+    words = pl.concat_str(code, "error", separator=" ", ignore_nulls=True)
+    said = requests.select(words.alias("said"))["said"].replace("", None).drop_nulls()
+    if said.is_empty():
+        return text
+    commonest = str(said.value_counts(sort=True)["said"][0])
+    return f"{text} ({commonest if len(commonest) <= MOST_WORDS else f'{commonest[:MOST_WORDS]}...'})"
 
 
 def errors(ok: int, planned: int, others: Sequence[str]) -> Verdict:

@@ -24,11 +24,12 @@ S = 1_000_000_000
 
 @pytest.fixture
 def cut_short(sim_run, tmp_path):
-    """A copy of the complete run as an interruption leaves it: 10 requests have ended, 2 were aborted, 12 not sent."""
+    """The complete run as an interruption leaves it: 10 requests have ended, one was aborted, one found no server."""
     run = Run.open(shutil.copytree(sim_run, tmp_path / "run"))
     requests = run.scan("requests").collect().sort("request_id")[:12]
     aborted = pl.col("request_id") >= 110
-    rows = requests.with_columns(status=pl.when(aborted).then(pl.lit("aborted")).otherwise("status"))
+    why = pl.when(pl.col("request_id") > 110).then(pl.lit("connect_error")).otherwise(pl.lit("aborted"))
+    rows = requests.with_columns(status=pl.when(aborted).then(why).otherwise("status"))
     write_parquet(rows.to_arrow(compat_level=pl.CompatLevel.oldest()), run.path / "requests.parquet")
     write_manifest(run.path, {**run.manifest, "state": "interrupted"})
     return Run.open(run.path)
@@ -45,8 +46,8 @@ def test_what_is_left_is_what_has_no_ended_record(cut_short):
     before = {table: rows(cut_short, table) for table in TABLES if cut_short.has(table)}
     taken = take_up(cut_short.path)
     assert taken.remaining["request_id"].to_list() == list(range(110, 124))
-    assert (taken.recorded, taken.aborted) == (10, 2)
-    assert taken.news == "going on: 10 requests are on record, 14 are left, 2 of them aborted before"
+    assert (taken.recorded, taken.unanswered) == (10, 2)
+    assert taken.news == "going on: 10 requests are on record, 14 are left, 2 of them sent before and not answered"
     assert taken.first_steps == {0: before["steps"]["step"].max() + 1}
     last = before["power"].filter(pl.col("gpu") == 3).sort("t_ns")[-1]
     assert taken.counters[3] == (last["t_ns"].item(), last["energy_mj"].item())

@@ -73,6 +73,13 @@ def test_open_loop_is_closed_by_any_cap():
     assert (bad.ok, bad.why) == (False, "closed by cap: --max-concurrency 4, --max-rate 2.5")
 
 
+def test_error_rate_says_what_a_server_said_most_often():
+    rows = requests(3, status=["http_error"] * 3).with_columns(
+        http_status=pl.Series([500, 429, 500], dtype=pl.UInt16), error=pl.Series(["boom", None, "boom"])
+    )
+    assert verdicts.error_rate(rows, 3).why == "0 of 3 requests ok: 3 http_error (500 boom)"
+
+
 def test_error_rate_counts_what_was_not_answered_in_full_and_names_it():
     assert verdicts.error_rate(requests(), 10).ok is True
     bad = verdicts.error_rate(requests(3, status=["ok", "timeout", "timeout"]), 5)

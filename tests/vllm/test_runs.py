@@ -14,7 +14,8 @@ from collections import Counter
 import polars as pl
 import pytest
 
-from analysis.energy import METHODS, attribute
+from analysis.energy import attribute
+from analysis.split import METHODS
 from replay.engines.process import free_port
 from replay.rundir import Run
 from tracegen.schema import TRACE, write_trace
