@@ -19,6 +19,7 @@ import polars as pl
 
 from analysis.accounts import Fitted, account, fit_run, slabs_of, timelines_of
 from analysis.load import RunData, load_run
+from analysis.memory import kept_for_reuse
 from analysis.meters import Meters
 from analysis.slabs import RunSlabs, Slab
 from analysis.split import DEFAULT_METHOD, MARGINAL, METHOD_NAMES
@@ -59,6 +60,7 @@ def attribute(run: Run, method: str = DEFAULT_METHOD, scope: str = "gpu") -> Ene
     return attribute_methods(run, [method], scope)[method]
 
 
+@kept_for_reuse()
 def attribute_methods(
     run: Run,
     methods: Sequence[str],
