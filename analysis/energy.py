@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, Self
 
@@ -135,9 +136,13 @@ class _InOrder:
 
 
 def _fitted(data: RunData, slabs: RunSlabs) -> tuple[list[Fitted], Iterator[list[Slab]]]:
-    """What is fitted on each instance, and the run's slabs."""
+    """What is fitted on each instance, and the run's slabs; the first is made ready meanwhile."""
     if slabs.count > 1:
-        return fit_run(data, slabs.sample()), iter(slabs)
+        sample, parts = slabs.sample(), iter(slabs)
+        with ThreadPoolExecutor(1) as beside:
+            first = beside.submit(next, parts)
+            fitted = fit_run(data, sample)
+        return fitted, chain([first.result()], parts)
     whole = list(slabs)
     return fit_run(data, whole), iter(whole)
 
