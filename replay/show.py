@@ -72,7 +72,8 @@ def _latency(name: str, ms: dict[str, float] | None, error: dict[str, float] | N
     It is estimated for TTFT, of which both ends are known less exactly than the two ends of a gap between tokens.
     """
     if ms is None:
-        return f"{name:<8}" + ("the times of chunks were not kept" if name == "ITL" else "no request got that far")
+        why = "no good answer tells how many tokens its chunks have" if name == "ITL" else "known of no good answer"
+        return f"{name:<8}{why}"
     shown = f"{name:<8}" + "   ".join(f"{q} {value:,.1f} ms" for q, value in ms.items())
     if error is not None and name in {"TTFT", "ITL"}:
         shown += f"   ±{error['p99']:,.2f} ms"

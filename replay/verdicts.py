@@ -196,7 +196,7 @@ def saturation(sent: int, at_ns: FloatArray, waiting: IntArray) -> Verdict:
     growth = float(slope / rate)
     full = growth > BACKLOG_GROWTH_BOUND and slope * at_s[-1] > BACKLOG_MIN
     why = f"{waiting[-1]:.0f} requests waited for a first token at the last send; backlog grew by {growth:.1%} of them"
-    return Verdict("saturated", not full, growth, BACKLOG_GROWTH_BOUND, f"{'' if full else 'not '}saturated: {why}")
+    return Verdict("saturated", not full, growth, BACKLOG_GROWTH_BOUND, why if full else f"not saturated: {why}")
 
 
 def clocks_held(
