@@ -61,7 +61,6 @@ def attribute(run: Run, method: str = DEFAULT_METHOD, scope: str = "gpu") -> Ene
     return attribute_methods(run, [method], scope)[method]
 
 
-@kept_for_reuse()
 def attribute_methods(
     run: Run,
     methods: Sequence[str],
@@ -91,7 +90,7 @@ def attribute_methods(
         known = account(data, slab, fitted[i], lines)
         return [tallies[method][i].bill(known) for method in methods]
 
-    with _InOrder(THREADS, AHEAD) as threads:
+    with kept_for_reuse(), _InOrder(THREADS, AHEAD) as threads:
         for done, part in enumerate(parts):
             for i, slab in enumerate(part):
                 lines = timelines_of(data, slab, meters[i].known())
