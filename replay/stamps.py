@@ -64,7 +64,7 @@ class ArrivalClock:
 
 
 def ask_for_stamps(sock: socket.socket) -> bool:
-    """Have the kernel stamp what `sock` receives; whether it will."""
+    """Have the kernel stamp what `sock` receives; whether it will: from a moment after the first socket asked on."""
     if sys.platform != "linux" or struct.calcsize("@l") != 8:
         return False
     try:

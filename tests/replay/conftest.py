@@ -18,9 +18,25 @@ from replay.engines.process import free_port
 from replay.live import QuietProgress
 from replay.plan import RunOptions
 from replay.session import run
+from replay.stamps import ANCILLARY_BYTES, ask_for_stamps
 from tracegen.schema import TRACE, write_trace
 
 MS = 1_000_000
+
+
+@pytest.fixture(scope="session")
+def kernel_stamps():
+    """The kernel stamps what sockets receive: it begins to in its own time after a first socket asks for it."""
+    deadline_s = time.monotonic() + 30
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname()) as asking:
+        peer, _ = server.accept()
+        with peer:
+            assert ask_for_stamps(asking)
+            ancillary = []
+            while not ancillary and time.monotonic() < deadline_s:
+                peer.send(b"x")
+                _, ancillary, _, _ = asking.recvmsg(10, ANCILLARY_BYTES)
+            yield
 
 
 @pytest.fixture(scope="session")

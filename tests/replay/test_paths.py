@@ -283,7 +283,7 @@ def test_a_wall_clock_set_by_an_hour_mid_run_changes_nothing(send_rows):
         assert row.done_ns - row.sent_ns < 10**10
 
 
-def test_tokens_are_timed_by_the_kernel_not_by_when_they_were_read(send_rows):
+def test_tokens_are_timed_by_the_kernel_not_by_when_they_were_read(kernel_stamps, send_rows):
     """The loop is held up for 80 ms after each token: with times of reading, gaps would be as long."""
     with Server(lambda *_: good(tokens=4, pause_s=0.02)) as server:
         sending = send_rows("fast", server.url, [(0, 3, 4)])

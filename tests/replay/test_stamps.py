@@ -70,7 +70,7 @@ def test_being_held_up_between_two_clocks_is_no_step():
 
 
 @linux
-def test_the_kernel_stamps_what_a_socket_receives():
+def test_the_kernel_stamps_what_a_socket_receives(kernel_stamps):
     clock = ArrivalClock()
     with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname()) as client:
         peer, _ = server.accept()
@@ -78,7 +78,7 @@ def test_the_kernel_stamps_what_a_socket_receives():
             assert ask_for_stamps(client)
             before_ns = now_ns()
             peer.send(b"x")
-            time.sleep(0.01)
+            time.sleep(0.01)  # so that the time of reading is another
             data, ancillary, _, _ = client.recvmsg(10, ANCILLARY_BYTES)
             arrival_ns = clock.arrival_ns(ancillary)
     assert data == b"x"

@@ -37,7 +37,7 @@ def test_workers_send_by_turns_from_one_epoch(shared):
 
 
 @linux
-def test_the_manifest_says_how_exact_the_clients_times_are(shared):
+def test_the_manifest_says_how_exact_the_clients_times_are(kernel_stamps, shared):
     error = shared.manifest["client_error"]
     assert error["source"] == "kernel stamps"
     assert 0 < error["ttft_ms"]["p50"] <= error["ttft_ms"]["p99"] <= error["ttft_ms"]["max"]
