@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 VLLM := .venv-vllm
 
-.PHONY: setup demo test test-vllm check bench docs lock clean
+.PHONY: setup setup-vllm demo test test-vllm check bench docs lock clean
 
 setup: $(VENV)/.current
 
@@ -17,12 +17,15 @@ $(VENV)/.current: pyproject.toml requirements.lock
 demo: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" sh docs/demo.sh
 
+# Three files of tests at a time, in their order: some compute, others wait for what runs in real time.
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 # The whole job against real vLLM on the CPU, a tiny model and a fake GPU driver: 1.8 GB to install, then minutes.
 test-vllm: setup $(VLLM)/.current
 	WATTRACE_VLLM_PYTHON=$(CURDIR)/$(VLLM)/bin/python $(BIN)/python -m pytest tests/vllm
+
+setup-vllm: $(VLLM)/.current
 
 $(VLLM)/.current: tests/vllm/requirements.txt
 	$(PYTHON) -m venv $(VLLM)

@@ -7,12 +7,12 @@ between model and meter is spread over idle and steps by variance: `(idle_se_w *
 `(model's relative misfit * steps' energy)²`.
 """
 
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
+from analysis.kernels import compiled
 from analysis.load import Floats
 from analysis.model import TINY
 from analysis.steps import Ints, Steps
@@ -47,38 +47,68 @@ class Balance:
     step_j: Floats  # (n,)
 
 
-def cut_times(start_s: Floats, end_s: Floats, begin_s: float, until_s: float, *, final: bool) -> list[float]:
+def cut_times(start_s: Floats, end_s: Floats, begin_s: float, until_s: float, *, final: bool) -> Floats:
     """Cuts from `begin_s` on in idle stretches, or else between steps of `start_s` to `end_s`.
 
     `final`: nothing follows, and the last cut is `until_s`. Else it is the last one that what follows cannot move; a
     stretch without steps can be cut wherever it ends.
     """
+    if start_s.size == 0:
+        return np.array([begin_s, until_s] if until_s > begin_s else [begin_s])
     gap_s = start_s[1:] - end_s[:-1]
     idle_s = ((start_s[1:] + end_s[:-1]) / 2)[gap_s > CUT_IDLE_S]
-    cuts = [begin_s]
-    if start_s.size == 0:
-        return [begin_s, until_s] if until_s > begin_s else cuts
-    rests = deque(_rests(start_s, end_s, begin_s, until_s, final=final))
+    rests = _rests(start_s, end_s, begin_s, until_s, final=final)
     # What follows may be a long rest, whose beginning is a cut.
     last_s = until_s - SHORTEST_S / 2 if final else min(until_s - LONGEST_S, float(end_s[-1]) - SHORTEST_S / 2)
-    while True:
-        cut = _next_cut(idle_s, start_s, cuts[-1]) if until_s - cuts[-1] > USUAL_S else None
-        if rests and (cut is None or cut > rests[0][0] - SHORTEST_S / 2):
-            cuts += [edge_s for edge_s in rests.popleft() if edge_s > cuts[-1]]
-        elif cut is None or cut > last_s:
-            break
-        else:
-            cuts.append(cut)
-    return [*cuts, until_s] if final and until_s > cuts[-1] else cuts
+    cuts_s = _cuts(idle_s, start_s, *rests, begin_s, until_s, last_s)
+    return np.append(cuts_s, until_s) if final and until_s > cuts_s[-1] else cuts_s
 
 
-def _rests(start_s: Floats, end_s: Floats, begin_s: float, until_s: float, *, final: bool) -> list[tuple[float, float]]:
+def _rests(start_s: Floats, end_s: Floats, begin_s: float, until_s: float, *, final: bool) -> tuple[Floats, Floats]:
     """Idle stretches longer than blocks usually are: from a moment behind a step, and to one before a step."""
     behind_s = np.concatenate([[begin_s - CUT_IDLE_S / 2], end_s])
     before_s = np.concatenate([start_s, [until_s + CUT_IDLE_S / 2 if final else -np.inf]])
     long = before_s - behind_s > USUAL_S + CUT_IDLE_S
-    edges_s = behind_s[long] + CUT_IDLE_S / 2, before_s[long] - CUT_IDLE_S / 2
-    return list(zip(*(edge_s.tolist() for edge_s in edges_s), strict=True))
+    return behind_s[long] + CUT_IDLE_S / 2, before_s[long] - CUT_IDLE_S / 2
+
+
+@compiled
+def _cuts(
+    idle_s: Floats,
+    start_s: Floats,
+    rest_from_s: Floats,
+    rest_to_s: Floats,
+    begin_s: float,
+    until_s: float,
+    last_s: float,
+) -> Floats:
+    """Cuts up to `last_s`: at both ends of every rest, else in the next idle stretch at a fair distance from the last.
+
+    Where there is none, at the next step's start.
+    """
+    cuts_s = np.empty(int((until_s - begin_s) / SHORTEST_S) + 2 * rest_from_s.size + 2)
+    cuts_s[0] = begin_s
+    count, i, k, rest = 1, 0, 0, 0
+    while True:
+        cut_s = np.inf
+        if until_s - cuts_s[count - 1] > USUAL_S:
+            while i < idle_s.size and idle_s[i] < cuts_s[count - 1] + SHORTEST_S:
+                i += 1
+            while k < start_s.size and start_s[k] < cuts_s[count - 1] + USUAL_S:
+                k += 1
+            idle, step = idle_s[i] if i < idle_s.size else np.inf, start_s[k] if k < start_s.size else np.inf
+            cut_s = idle if idle < cuts_s[count - 1] + LONGEST_S else min(idle, step)
+        if rest < rest_from_s.size and cut_s > rest_from_s[rest] - SHORTEST_S / 2:
+            for edge_s in (rest_from_s[rest], rest_to_s[rest]):
+                if edge_s > cuts_s[count - 1]:
+                    cuts_s[count] = edge_s
+                    count += 1
+            rest += 1
+        elif cut_s > last_s:
+            return cuts_s[:count].copy()
+        else:
+            cuts_s[count] = cut_s
+            count += 1
 
 
 def cut_blocks(steps: Steps, duration_s: float) -> Blocks:
@@ -87,22 +117,11 @@ def cut_blocks(steps: Steps, duration_s: float) -> Blocks:
     return blocks_between(start_s, end_s, cut_times(start_s, end_s, 0.0, duration_s, final=True))
 
 
-def blocks_between(start_s: Floats, end_s: Floats, cuts: list[float]) -> Blocks:
-    """The blocks between `cuts`, of steps all of which are in one of them."""
-    cuts_s = np.array(cuts)
+def blocks_between(start_s: Floats, end_s: Floats, cuts_s: Floats) -> Blocks:
+    """The blocks between `cuts_s`, of steps all of which are in one of them."""
     block = np.searchsorted(cuts_s[1:-1], (start_s + end_s) / 2, side="right")
     first = np.searchsorted(block, np.arange(cuts_s.size))
     return Blocks(cuts_s, first.astype(np.int64), block.astype(np.int64))
-
-
-def _next_cut(idle_s: Floats, start_s: Floats, last_s: float) -> float | None:
-    """The next idle stretch at a fair distance from `last_s`, else the next step's start, else None."""
-    i = int(np.searchsorted(idle_s, last_s + SHORTEST_S))
-    if i < idle_s.size and idle_s[i] < last_s + LONGEST_S:
-        return float(idle_s[i])
-    k = int(np.searchsorted(start_s, last_s + USUAL_S))
-    candidates = ([float(start_s[k])] if k < start_s.size else []) + ([float(idle_s[i])] if i < idle_s.size else [])
-    return min(candidates, default=None)
 
 
 @dataclass(frozen=True)

@@ -65,12 +65,13 @@ _COLUMNS = [
 ]
 
 
-def remarks_for_people(table: pl.DataFrame, slo: Slo) -> list[str]:
-    """What the columns of `rows_for_people` are."""
+def remarks_for_people(table: pl.DataFrame, slo: Slo, scope: str | None) -> list[str]:
+    """What the columns of `rows_for_people` are; `scope`: whose the joules are, None where there are none."""
     over = "all gaps between tokens" if table["tbt_source"][0] == "tokens" else "the means of requests"
     ttft, tbt = (",".join(f"{bound_ms:g}" for bound_ms in dict.fromkeys(slo.bounds_ms[m])) for m in ("ttft", "tpot"))
     met = f"TTFT within {ttft} ms (short, medium, long input) and a request's mean TBT within {tbt} ms"
-    return [f"p50 / p90 / p99 of answered requests; TBT over {over}", f"SLO met: of all requests, {met}"]
+    joules = [] if scope is None else [f"joules: attributed, idle energy apart; scope {scope}"]
+    return [f"p50 / p90 / p99 of answered requests; TBT over {over}", *joules, f"SLO met: of all requests, {met}"]
 
 
 def rows_for_people(table: pl.DataFrame) -> tuple[list[str], list[list[str]]]:

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import polars as pl
 
-from replay.rundir import MANIFEST, STATUSES, Run
+from replay.rundir import MANIFEST, Run
+from replay.tables import STATUSES
 from tracegen.errors import RunError
 
 MOST_STEP = 2**62  # no engine gets that far; beyond 2^63 a number fits no signed integer

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from tracegen.console import make_app, note, print_json, print_table, run_app, say
+from tracegen.console import make_app, note, print_json, print_table, prose, run_app, say
 from tracegen.errors import AnalysisError
 
 TABLE_ROWS = 200  # a terminal is no place for more
@@ -104,10 +104,11 @@ def methods(run: RunPath, scope: Scope = "gpu", as_json: AsJson = False) -> None
     if as_json:
         print_json(found.document())
         return
-    print_table(*bucket_rows(found), title=f"{'SIMULATED  ' if found.run.simulated else ''}{found.run.name}")
+    title = f"{'SIMULATED  ' if found.run.simulated else ''}{found.run.name}, scope {found.scope}"
+    print_table(*bucket_rows(found), title=title)
     say()
     print_table(*method_rows(found))
-    say("\n".join(["", *remarks(found)]))
+    prose(["", *remarks(found)])
 
 
 @app.command()
@@ -136,8 +137,8 @@ def check(
         print_json(found.document())
     else:
         title = f"{'SIMULATED  ' if found.run.simulated else ''}{found.run.name}"
-        print_table(*rows_for_people(found), title=title, left=[True, True, False, False, True])
-        say("\n".join(["", *advice(found)]))
+        print_table(*rows_for_people(found), title=title, left=[True, True, False, False, True], wrap=True)
+        prose(["", *advice(found)])
     if not found.passed:
         raise typer.Exit(1)
 
@@ -178,14 +179,14 @@ def buckets(
         table = bucket_table(run, known.requests, by, slo, only_steady(run, found) if steady else None)
         remarks = [] if steady else remarks
         told = {"only_steady": steady, "steady": found.document(), "remarks": remarks, "buckets": table.to_dicts()}
-        documents.append({"run": run.name, "simulated": run.simulated, **told})
+        documents.append({"run": run.name, "simulated": run.simulated, "scope": known.scope, **told})
         if not as_json:
             headings, rows = rows_for_people(table)
             print_table(headings, rows, title=f"{'SIMULATED  ' if run.simulated else ''}{run.name}")
-            say("\n".join(remarks_for_people(table, slo)))
+            prose(remarks_for_people(table, slo, known.scope))
             if steady:
                 say(f"only what was sent from {found.start_s:,.0f} to {found.end_s:,.0f} s after the first send")
-            say("".join(f"note: {remark}\n" for remark in remarks))
+            prose([*(f"note: {remark}" for remark in remarks), ""])
     if as_json:
         print_json(documents)
 
@@ -237,7 +238,7 @@ def latency(
         documents.append(answer.document())
         if not as_json:
             print_table(*latency_rows(answer), title=f"{'SIMULATED  ' if run.simulated else ''}{run.name}")
-            say("\n".join(["", *sentences(answer), ""]))
+            prose(["", *sentences(answer), ""])
             if by is not None:
                 print_table(*group_rows(answer))
     if as_json:
@@ -287,13 +288,13 @@ def compare(
         return
     for result in results:
         if brief:
-            say("\n".join(findings(result)))
+            prose(findings(result))
             continue
-        say("\n".join([*total_lines(result), ""]))
+        prose([*total_lines(result), ""])
         print_table(*overall_rows(result))
         say()
         print_table(*bucket_rows(result))
-        say("\n".join([bracket_note(), *limits(result), ""]))
+        prose([bracket_note(), *limits(result), ""])
 
 
 @app.command()

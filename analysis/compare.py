@@ -18,6 +18,7 @@ from analysis.requests import CORE, beside, request_table
 from analysis.saved import RunEnergy
 from replay.rundir import Run
 from tracegen.buckets import BUCKETS
+from tracegen.console import plural
 from tracegen.errors import AnalysisError
 
 METRICS = {"energy_j": "J/request", "ttft_ms": "TTFT ms", "tpot_ms": "TBT ms", "e2el_ms": "E2E ms"}
@@ -97,7 +98,7 @@ def compare_arms(a: Arm, b: Arm, *, paired: bool = True, seed: int = 0) -> Compa
     if paired:
         tables, lost = _in_common(tables, runs)
         if lost:
-            warnings.append(f"{lost:,} requests were not served in full by every run, and are left out")
+            warnings.append(f"left out, for not every run served them in full: {plural(lost, 'request')}")
     for table, run in zip(tables, runs, strict=True):
         if table.is_empty():
             raise AnalysisError(f"{run.path}: no request was served")
@@ -247,6 +248,7 @@ def _total(run: Run, energy: RunEnergy) -> dict[str, Any]:
         "run": run.name,
         "served": count,
         "duration_s": summary.get("window", {}).get("duration_s"),
+        "scope": energy.scope,
         "measured_j": measured_j,
         "idle_j": summary.get("idle_j"),
         "measured_per_request_j": measured_j / count if measured_j is not None and count else None,

@@ -17,11 +17,11 @@ def findings(comparison: Comparison) -> list[str]:
         first = f"{mark}the energy of {comparison.run_a} and {comparison.run_b} cannot be compared: no data"
     else:
         # The sign of a difference that may be chance would be read as an answer.
-        change = f"{energy.difference_percent:+.1f} %" if energy.verdict in TOLD else energy.verdict
+        change = f"{energy.difference_percent:+z.1f} %" if energy.verdict in TOLD else energy.verdict
         span = (
             ""
             if energy.low_percent is None
-            else f"; 95 % interval {energy.low_percent:+.1f} to {energy.high_percent:+.1f} %"
+            else f"; 95 % interval {energy.low_percent:+z.1f} to {energy.high_percent:+z.1f} %"
         )
         first = (
             f"{mark}a request costs {_short(energy.mean_b)} J in {comparison.run_b} and {_short(energy.mean_a)} J in "
@@ -34,7 +34,7 @@ def findings(comparison: Comparison) -> list[str]:
     if not sizes:
         return [first, second, f"{mark}no size of request has enough {_counted(comparison)} to tell its energy apart"]
     dearest = max(sizes, key=lambda d: d.mean_b or 0.0)
-    low, high = (f"{d.difference_percent:+.1f} % ({d.group})" for d in (sizes[0], sizes[-1]))
+    low, high = (f"{d.difference_percent:+z.1f} % ({d.group})" for d in (sizes[0], sizes[-1]))
     most = f"dearest is {dearest.group} with {_short(dearest.mean_b)} J"
     third = f"{mark}by size the change goes from {low} to {high}; {most}"
     return [first, second, third]
@@ -87,9 +87,8 @@ def total_lines(comparison: Comparison) -> list[str]:
     lines = []
     for letter, total in zip(letters, comparison.totals, strict=True):
         each = format_si(total[MEASURED], " J", 4)
-        lines.append(
-            f"{mark}{letter}: {total['run']}: {total['served']:,} served, {each} each with idle power included"
-        )
+        of = "" if total["scope"] is None else f", scope {total['scope']}"
+        lines.append(f"{mark}{letter}: {total['run']}: {total['served']:,} served, {each} each with idle power{of}")
     return lines
 
 
@@ -100,8 +99,8 @@ def overall_rows(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
             TEXTS[d.metric],
             _short(d.mean_a),
             _short(d.mean_b),
-            "-" if d.difference_percent is None else f"{d.difference_percent:+.1f} %",
-            "-" if d.low_percent is None else f"{d.low_percent:+.1f} to {d.high_percent:+.1f} %",
+            "-" if d.difference_percent is None else f"{d.difference_percent:+z.1f} %",
+            "-" if d.low_percent is None else f"{d.low_percent:+z.1f} to {d.high_percent:+z.1f} %",
             "-" if d.effect_size is None else f"{d.effect_size:+,.{0 if abs(d.effect_size) >= 100 else 2}f}",
             d.verdict,
         ]
@@ -147,7 +146,7 @@ def bracket_note() -> str:
 def _bracketed(difference: Difference) -> str:
     if difference.difference_percent is None:
         return "-"
-    text = f"{difference.difference_percent:+.1f} %"
+    text = f"{difference.difference_percent:+z.1f} %"
     return text if difference.verdict in TOLD else f"({text})"
 
 

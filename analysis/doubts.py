@@ -18,6 +18,7 @@ class Check:
 
     run: Run
     measured_j: float | None
+    scope: str | None  # whose joules these are; None without an attribution
     bound_rel: float
     doubts: tuple[Doubt, ...]
     attributed: bool
@@ -47,6 +48,7 @@ class Check:
             "run": self.run.name,
             "simulated": self.run.simulated,
             "measured_j": self.measured_j,
+            "scope": self.scope,
             "bound_rel": self.bound_rel,
             "passed": self.passed,
             "doubts": [
@@ -80,7 +82,8 @@ def check_run(run: Run, bound_rel: float = 0.05) -> Check:
         *doubts_work.verdicts(case),
     ]
     order = sorted(found, key=lambda doubt: _rank(case, doubt))
-    return Check(run, case.measured_j, bound_rel, tuple(order), not case.why, case.remark)
+    scope = case.summary.get("scope")
+    return Check(run, case.measured_j, scope, bound_rel, tuple(order), not case.why, case.remark)
 
 
 def parse_bound(text: str) -> float:
@@ -131,7 +134,8 @@ def advice(check: Check) -> list[str]:
     clear = [doubt.name for doubt in check.doubts if _clear(doubt)]
     lines = [f"nothing found: {', '.join(clear)}", "±: the figures may be off by so much; else: joules spent in it"]
     lines += [f"{doubt.name}: {doubt.do}" for doubt in check.doubts if doubt.status == DOUBT and doubt.do]
-    bound = f"{100 * check.bound_rel:g} % of the measured energy"
+    measured = f"{format_si(check.measured_j, ' J', 4)} measured" + (f" (scope {check.scope})" if check.scope else "")
+    bound = f"{100 * check.bound_rel:g} % of the {measured}"
     if not check.attributed:
         lines.append("NOT TO BE TRUSTED: there are no figures")
     elif check.serious:

@@ -5,11 +5,13 @@ from typing import Any
 from analysis.evidence import CONCERNED, DOUBT, ERROR, OK, UNKNOWN, Doubt, Evidence
 from analysis.idle import UNKNOWN_REL
 from analysis.load import HOLE_S, NS_PER_S
-from analysis.manifest import gpu_entry
+from analysis.manifest import MOST_BOARD_W, gpu_entry
 from analysis.stretches import AT_CAP_REL, OFF_CLOCK_REL
 from replay.rundir import MANIFEST
+from tracegen.console import plural
 
 NO_ENERGY = "no energy is attributed"
+CAP_TIMES = 3.0  # boards regulate to their cap in the mean; what is so far above is of another unit
 
 
 def idle_baseline(case: Evidence) -> Doubt:
@@ -21,7 +23,8 @@ def idle_baseline(case: Evidence) -> Doubt:
     if not case.fits:
         return Doubt(name, UNKNOWN, NO_ENERGY)
     missing = {when: _without(case, key) for when, key in (("before", "idle_power_w"), ("after", "idle_power_after_w"))}
-    remarks = [f"{count} of {len(case.gpus)} GPUs have none {when} the run" for when, count in missing.items() if count]
+    gpus = plural(len(case.gpus), "GPU")
+    remarks = [f"none {when} the run for {count} of {gpus}" for when, count in missing.items() if count]
     off_j = 0.0
     for fit in case.fits:
         idle = fit.get("idle_power_w") or {}
@@ -96,6 +99,25 @@ def counter_agrees(case: Evidence) -> Doubt:
         f"{_instance(fit)} {100 * fit['samples_over_counter_rel']:+.2f} %" for fit in known
     )
     return case.sized(name, off_j, ERROR, why, "compare both with an external meter (replay --power csv:FILE)")
+
+
+def board_power(case: Evidence) -> Doubt:
+    """Whether the mean power of a GPU can be at all, or its readings are of another unit.
+
+    The bound: `CAP_TIMES` its power cap where it was given one, else what no board draws.
+    """
+    name = "board_power"
+    if not case.fits:
+        return Doubt(name, UNKNOWN, NO_ENERGY)
+    bounds_w = [MOST_BOARD_W if gpu.cap_w is None else CAP_TIMES * gpu.cap_w for gpu in case.gpus]
+    bound_w = max(bounds_w, default=MOST_BOARD_W)
+    mean_w = {_instance(fit): float(fit["measured_j"]) / fit["gpus"] / _duration_s(case) for fit in case.fits}
+    said = [f"{who}: a GPU drew {watts:,.0f} W in the mean" for who, watts in mean_w.items() if watts > bound_w]
+    if not said:
+        return Doubt(name, OK, f"no GPU drew more than {bound_w:,.0f} W in the mean", 0.0, ERROR)
+    off_j = sum(float(fit["measured_j"]) for fit in case.fits if mean_w[_instance(fit)] > bound_w)
+    why = f"{'; '.join(said)}, and none can draw {bound_w:,.0f} W"
+    return case.sized(name, off_j, ERROR, why, "see whether power.parquet is in mW and mJ, and what wrote it")
 
 
 def counter_sound(case: Evidence) -> Doubt:
@@ -234,6 +256,6 @@ def _duration_s(case: Evidence) -> float:
 
 
 CHECKS = (
-    idle_baseline, idle_drift, sensor_gaps, failed_polls, counter_agrees, counter_sound, window, clock_offset,
-    clocks_off, power_cap, gain,
+    idle_baseline, idle_drift, sensor_gaps, failed_polls, board_power, counter_agrees, counter_sound, window,
+    clock_offset, clocks_off, power_cap, gain,
 )  # fmt: skip

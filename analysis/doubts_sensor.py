@@ -18,6 +18,7 @@ from analysis.samples import SOURCES
 from analysis.sensors import disagreement, estimate_of, told_of
 from analysis.timeline import Estimate
 from replay.rundir import MANIFEST, Run
+from tracegen.console import plural
 
 
 def sensor_windows(case: Evidence) -> Doubt:
@@ -30,6 +31,8 @@ def sensor_windows(case: Evidence) -> Doubt:
     told = [s for fit in case.fits for s in fit.get("sensors") or [] if s.get("window_from") == "manifest"]
     if not told:
         return Doubt(name, UNKNOWN, f"{MANIFEST} tells no sensor's window, so there is nothing to compare with the run")
+    if case.readings is None:
+        return Doubt(name, UNKNOWN, "no power was read in the window")
     estimates = _estimates(case)
     known = {key: found for key, (_, found) in estimates.items() if isinstance(found, Estimate)}
     if not known:
@@ -37,7 +40,7 @@ def sensor_windows(case: Evidence) -> Doubt:
         return Doubt(name, UNKNOWN, "; ".join(whys) or "no instance recorded its steps")
     said = {key: text for key, (gpu, found) in estimates.items() if (text := disagreement(gpu, found)) is not None}
     if not said:
-        return Doubt(name, OK, f"window and lag of {len(known)} GPUs are what the run shows", 0.0, ERROR)
+        return Doubt(name, OK, f"window and lag of {plural(len(known), 'GPU')} as the run shows them", 0.0, ERROR)
     moved_j = _moved_j(case, _with_sensors(case.run, {key: known[key] for key in said}))
     do = "measure the sensors (replay probe), or leave them out of the manifest: the run's own answer is taken then"
     return case.sized(name, moved_j, ERROR, "; ".join(said.values()), do)

@@ -5,8 +5,9 @@ from typing import Any
 import polars as pl
 
 from analysis.evidence import CONCERNED, DOUBT, ERROR, OK, UNKNOWN, Doubt, Evidence
-from analysis.summary import CLIENT
+from analysis.summary import CLIENT, WITHOUT_ENERGY
 from replay.rundir import MANIFEST, Run
+from tracegen.console import plural
 from tracegen.schema import read_metadata
 
 LAG_BOUND_MS = 10.0  # where the run has no verdict of its own; a fiftieth of the tightest usual TTFT objective
@@ -17,6 +18,11 @@ _VERDICTS = {
     "open_loop": "requests were held back, so the load was not the trace's",
     "saturated": "latency measures the queue, and energy an engine that is always full",
     "error_rate": "part of the work was for nothing",
+}
+_INSTEAD = {
+    "unread": "read power before the first and after the last request",
+    "idle": "see idle_baseline",
+    "unrecorded": "see steps_missing, and the run's server.log",
 }
 
 
@@ -118,12 +124,16 @@ def no_record(case: Evidence) -> Doubt:
     lost = case.requests["energy_j"].null_count()
     if not lost:
         return Doubt(name, OK, "every request's work is known", 0.0, ERROR)
+    reasons = case.summary.get("requests_without_energy") or {"unrecorded": lost}
+    why = ", ".join(f"{number:,} {WITHOUT_ENERGY[reason]}" for reason, number in reasons.items())
+    why = f"of {plural(case.requests.height, 'request')} {why}"
+    do = [text for reason, text in _INSTEAD.items() if reason in reasons]
     mean_j = case.requests["energy_j"].mean()
     if not isinstance(mean_j, float):
-        why = "of no request's work anything is known: its steps or times may be on another clock than power is"
-        return Doubt(name, DOUBT, why, case.measured_j, ERROR, f"compare start_ns with {MANIFEST}'s measure_start_ns")
-    why = f"{lost:,} of {case.requests.height:,} requests left no record of their work; at the mean of the others"
-    return case.sized(name, mean_j * lost, ERROR, why, "see steps_missing, and the run's server.log")
+        why += ", so that nobody has energy: steps or times may be on another clock than power is"
+        do.append(f"compare start_ns and sent_ns with {MANIFEST}'s measure_start_ns")
+        return Doubt(name, DOUBT, why, case.measured_j, ERROR, "; ".join(do))
+    return case.sized(name, mean_j * lost, ERROR, f"{why}; at the mean of the others", "; ".join(do))
 
 
 def not_ok(case: Evidence) -> Doubt:
@@ -164,7 +174,7 @@ def dispatch_lag(case: Evidence) -> Doubt:
     lag_ms = (sent["sent_ns"] - sent["scheduled_ns"]) / 1e6
     late = sent.filter(lag_ms > bound_ms)
     why = f"{late.height:,} of {sent.height:,} requests were sent more than {bound_ms:g} ms late, "
-    why += f"p99 {lag_ms.quantile(0.99, 'higher'):.2f} ms"
+    why += f"p99 {lag_ms.quantile(0.99, 'linear'):.2f} ms"
     do = "send from more workers or a machine that is less busy; a cap (--max-concurrency, --max-rate) holds back too"
     return case.sized(name, float(late["energy_j"].sum()), CONCERNED, why, do)
 

@@ -7,18 +7,18 @@ and segments. The truth table of a simulated run is never read here.
 
 import json
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 import polars as pl
 
-from analysis.accounts import Fitted, account, fit_run, slabs_of, timelines_of
+from analysis.accounts import account, fit_run, slabs_of, timelines_of
 from analysis.load import RunData, load_run
 from analysis.memory import kept_for_reuse
 from analysis.meters import Meters
@@ -35,8 +35,11 @@ from tracegen.schema import write_parquet
 
 ENERGY_DIR = "energy"
 SUMMARY = "summary.json"
-THREADS = 2  # that price and share, beside the one that reads ahead and the one that puts everything in order
+THREADS = 2  # that price and share, beside those that read ahead and put everything in order
 AHEAD = 4  # slabs of an instance that are worked on or wait to be added up
+PARTS_AHEAD = 3  # stretches of time whose slabs are ready or made ready
+
+_Part = list[tuple[Slab, list[GpuTimeline]]]  # an instance's slab of a stretch of time, and what its meters say
 
 
 @dataclass(frozen=True)
@@ -78,33 +81,71 @@ def attribute_methods(
     data = load_run(run, scope)
     slabs, remarks = slabs_of(data, **options)
     data = replace(data, notes=(*data.notes, *remarks))
-    fitted, parts = _fitted(data, slabs)
     meters = [Meters(data, instance) for instance in data.instances]
-    rows = [slabs.rows_of(instance) for instance in data.instances]
-    tallies = {
-        m: [Tally(data, i, fit, m, mine) for i, fit, mine in zip(data.instances, fitted, rows, strict=True)]
-        for m in methods
-    }
+    with kept_for_reuse(), ExitStack() as beside:
+        parts: Iterable[_Part]
+        if slabs.count > 1:
+            sample = slabs.sample()
+            # The first are made ready while the model is fitted.
+            parts = beside.enter_context(_Ahead(_metered(data, slabs, meters), PARTS_AHEAD))
+        else:
+            parts = list(_metered(data, slabs, meters))
+            sample = [[slab for slab, _ in part] for part in parts]
+        fitted = fit_run(data, sample)
+        rows = [slabs.rows_of(instance) for instance in data.instances]
+        tallies = {
+            m: [Tally(data, i, fit, m, mine) for i, fit, mine in zip(data.instances, fitted, rows, strict=True)]
+            for m in methods
+        }
 
-    def work_out(i: int, slab: Slab, lines: list[GpuTimeline]) -> list[Bill]:
-        known = account(data, slab, fitted[i], lines)
-        return [tallies[method][i].bill(known) for method in methods]
+        def work_out(i: int, slab: Slab, lines: list[GpuTimeline]) -> list[Bill]:
+            known = account(data, slab, fitted[i], lines)
+            return [tallies[method][i].bill(known) for method in methods]
 
-    with kept_for_reuse(), _InOrder(THREADS, AHEAD) as threads:
-        for done, part in enumerate(parts):
-            for i, slab in enumerate(part):
-                lines = timelines_of(data, slab, meters[i].known())
-                meters[i].add(slab, lines)
-                threads.put(partial(work_out, i, slab, lines), partial(_settle, [tallies[m][i] for m in methods]))
-            progress((done + 1) / slabs.count)
+        with _InOrder(THREADS, AHEAD) as threads:
+            for done, part in enumerate(parts):
+                for i, (slab, lines) in enumerate(part):
+                    threads.put(partial(work_out, i, slab, lines), partial(_settle, [tallies[m][i] for m in methods]))
+                progress((done + 1) / slabs.count)
     data = replace(data, notes=(*data.notes, *(note for meter in meters for note in meter.notes())))
     return {m: _energy(data, tallies.pop(m), meters, m) for m in methods}
+
+
+def _metered(data: RunData, slabs: RunSlabs, meters: Sequence[Meters]) -> Iterator[_Part]:
+    """The slabs of each instance in order of time, with what their meters say; `meters` gather it."""
+    for part in slabs:
+        told = []
+        for meter, slab in zip(meters, part, strict=True):
+            lines = timelines_of(data, slab, meter.known())
+            meter.add(slab, lines)
+            told.append((slab, lines))
+        yield told
 
 
 def _settle(tallies: Sequence[Tally], bills: Sequence[Bill]) -> None:
     """Add each method's bill to its tally."""
     for tally, bill in zip(tallies, bills, strict=True):
         tally.add(bill)
+
+
+class _Ahead:
+    """Goes through `items` in a thread of its own, ahead of who takes them."""
+
+    def __init__(self, items: Iterator[_Part], most: int) -> None:
+        """`most`: items that may wait."""
+        self._thread, self._items = ThreadPoolExecutor(1), items
+        self._waiting = deque(self._thread.submit(next, items, None) for _ in range(most))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._thread.shutdown(cancel_futures=True)
+
+    def __iter__(self) -> Iterator[_Part]:
+        while (item := self._waiting.popleft().result()) is not None:
+            self._waiting.append(self._thread.submit(next, self._items, None))
+            yield item
 
 
 class _InOrder:
@@ -132,18 +173,6 @@ class _InOrder:
         while len(self._waiting) > left:
             future, take = self._waiting.popleft()
             take(future.result())
-
-
-def _fitted(data: RunData, slabs: RunSlabs) -> tuple[list[Fitted], Iterator[list[Slab]]]:
-    """What is fitted on each instance, and the run's slabs; the first is made ready meanwhile."""
-    if slabs.count > 1:
-        sample, parts = slabs.sample(), iter(slabs)
-        with ThreadPoolExecutor(1) as beside:
-            first = beside.submit(next, parts)
-            fitted = fit_run(data, sample)
-        return fitted, chain([first.result()], parts)
-    whole = list(slabs)
-    return fit_run(data, whole), iter(whole)
 
 
 def _energy(data: RunData, tallies: list[Tally], meters: list[Meters], method: str) -> Energy:

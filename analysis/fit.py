@@ -24,6 +24,7 @@ from analysis.duration import (
     sample_of,
     scaled_nnls,
 )
+from analysis.kernels import compiled
 from analysis.load import Floats
 from analysis.model import POWERS, TERMS, TINY, Model, linear_model
 from analysis.regimes import regime_of
@@ -259,15 +260,15 @@ def _window_rows(
     model: Model, steps: Steps, windows: Sequence[tuple[Windows, Floats]]
 ) -> tuple[Floats, Floats, Floats, Floats]:
     """Mean features (m, 13) of the windows that saw steps, their power above idle, power and ends."""
-    edges_s, integral = _integrate(model.features(steps), steps)
+    features, (from_s, to_s) = model.features(steps), _busy(steps)
     blocks = []
     for window, idle_w in windows:
-        inside = (window.start_s >= edges_s[0] - 1.0) & (window.end_s <= edges_s[-1] + 1.0)
+        inside = (window.start_s >= from_s[0] - 1.0) & (window.end_s <= to_s[-1] + 1.0)
         rows = np.flatnonzero(inside)
         rows = rows[:: max(1, -(-rows.size * len(windows) // FIT_WINDOWS))]
         start_s, end_s = window.start_s[rows], window.end_s[rows]
         watts = window.watts[rows]
-        blocks.append((_means(edges_s, integral, start_s, end_s), watts - idle_w[rows], watts, end_s))
+        blocks.append((_means(from_s, to_s, features, start_s, end_s), watts - idle_w[rows], watts, end_s))
     matrix, target, level, ends_s = (np.concatenate(part) for part in zip(*blocks, strict=True))
     busy = matrix.any(axis=1)
     return matrix[busy], target[busy], level[busy], ends_s[busy]
@@ -280,23 +281,22 @@ def _apart(window: Windows) -> float:
     return float(np.sum(new_s / np.maximum(span_s, TINY)))
 
 
-def _integrate(features: Floats, steps: Steps) -> tuple[Floats, Floats]:
-    """Times, and the integral of the features up to them: zero between steps and in the pauses before them."""
+def _busy(steps: Steps) -> tuple[Floats, Floats]:
+    """From when to when each step was at work: without the pause before it."""
     span_s = steps.end_s - steps.start_s
     busy_s = np.minimum(steps.measured_s, span_s) if steps.timed else span_s
-    edges_s = np.stack([steps.end_s - busy_s, steps.end_s], axis=1).ravel()
-    pieces = np.zeros((edges_s.size, features.shape[1]))
-    pieces[1::2] = features * busy_s[:, None]
-    return edges_s, np.cumsum(pieces, axis=0)
+    return steps.end_s - busy_s, steps.end_s
 
 
-def _means(edges_s: Floats, integral: Floats, start_s: Floats, end_s: Floats) -> Floats:
-    """Mean features over each window."""
-
-    def until(t_s: Floats) -> Floats:
-        k = np.clip(np.searchsorted(edges_s, t_s, side="right"), 1, edges_s.size - 1)
-        part = (t_s - edges_s[k - 1]) / np.maximum(edges_s[k] - edges_s[k - 1], TINY)
-        before = integral[k - 1]
-        return np.asarray(before + np.clip(part, 0.0, 1.0)[:, None] * (integral[k] - before))
-
-    return np.asarray((until(end_s) - until(start_s)) / np.maximum(end_s - start_s, TINY)[:, None])
+@compiled
+def _means(from_s: Floats, to_s: Floats, features: Floats, start_s: Floats, end_s: Floats) -> Floats:
+    """Mean over each window of the features of what ran `from_s` to `to_s`, one after the other; 0 in between."""
+    means = np.zeros((start_s.size, features.shape[1]))
+    for i in range(start_s.size):
+        k = np.searchsorted(to_s, start_s[i])
+        while k < to_s.size and from_s[k] < end_s[i]:
+            part = (min(to_s[k], end_s[i]) - max(from_s[k], start_s[i])) / max(end_s[i] - start_s[i], TINY)
+            for j in range(features.shape[1]):
+                means[i, j] += part * features[k, j]
+            k += 1
+    return means

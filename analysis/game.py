@@ -4,6 +4,8 @@ Numba looks at this file alone to tell whether its machine code is current, so n
 elsewhere.
 """
 
+import math
+
 import numpy as np
 
 from analysis.kernels import Bools, Floats, Ints, compiled
@@ -16,10 +18,42 @@ MOST_CHUNKS = 6  # whose 64 subsets are gone through; a step of more is long, an
 MOST_WAVES = 16.0  # of decodes, that are told apart; where more go by, their edges average out
 FEW_WAVES = 4.0  # of decodes; of more, each is so short a stretch that its middle stands for it
 MOST_DECODES = 4096  # in a step that is looked up; a table of more would take more memory than time
-# Nodes of mean context between c and e·c. Between two of them a curve is off by at most an eighth of its relative
-# curvature times the distance's square, 1.2e-4 of it; measured on simulated runs, below 1e-6.
-NODES_PER_E = 32.0
+# Nodes of mean context between c and 2·c, evenly. Between two of them a curve is off by at most an eighth of its
+# relative curvature times the distance's square, 1.2e-4 of it; measured on simulated runs, below 1e-6.
+NODES_PER_OCTAVE = 32
+ROOTS = 512  # nodes of the soft maximum's table,
+DIRECT = 32  # of which the first are not used
+FIRST_ROOT = 36  # where it begins in the model
 TINY = 1e-12
+
+
+def roots_of(exponent: float) -> Floats:
+    """`(1 + r^exponent)^(1/exponent)` and its slope, at `ROOTS` + 1 ratios r from 0 to 1, one after the other."""
+    ratio = np.linspace(0.0, 1.0, ROOTS + 1)
+    root = (1.0 + ratio**exponent) ** (1.0 / exponent)
+    slope = root / (1.0 + ratio**exponent) * ratio ** (exponent - 1.0)
+    return np.asarray(np.stack([root, slope], axis=1).ravel())
+
+
+@compiled
+def _root(m: Floats, ratio: float) -> tuple[float, float]:
+    """`(1 + ratio^p)^(1/p)` and its slope, p the model's exponent: two powers take longer than all else of `_state`.
+
+    Between two nodes the cubic that has their values and slopes, off by < 1e-10, and its slope by < 1e-6.
+    """
+    at = ratio * ROOTS
+    node = int(at)
+    if node < DIRECT:  # there the fourth derivative may be without bounds
+        power = ratio ** m[31]
+        root = (1.0 + power) ** (1.0 / m[31])
+        return root, root / (1.0 + power) * (power / ratio) if ratio > 0 else 0.0
+    node = min(node, ROOTS - 1)
+    t = at - node
+    i = FIRST_ROOT + 2 * node
+    low, high = m[i], m[i + 2]
+    rise, from_low, to_high = high - low, m[i + 1] / ROOTS, m[i + 3] / ROOTS
+    bend, twist = 3.0 * rise - 2.0 * from_low - to_high, from_low + to_high - 2.0 * rise
+    return low + t * (from_low + t * (bend + t * twist)), (from_low + t * (2.0 * bend + 3.0 * t * twist)) * ROOTS
 
 
 @compiled
@@ -29,21 +63,18 @@ def _state(
     """Energy, J, its slope by context, and the duration, s, of a step; the work in the order of the model's columns.
 
     `m` is the model: overhead, compute and memory (6 each), power (13), exponent, wave, compute time that draws no
-    power, s a token of `pad`, which is what the last wave is short of, in tokens; the power cap and its exponent.
+    power, s a token of `pad`, which is what the last wave is short of, in tokens; the power cap and its exponent; the
+    table of `roots_of`.
     """
-    exponent = m[31]
     c = m[0] + m[1] * tokens + m[2] * decode + m[3] * context + m[4] * attention + m[5] * pad
     a = m[6] + m[7] * tokens + m[8] * decode + m[9] * context + m[10] * attention + m[11] * pad
     b = m[12] + m[13] * tokens + m[14] * decode + m[15] * context + m[16] * attention + m[17] * pad
     high, low = max(a, b), min(a, b)
     soft, of_high, of_low = a + b, 1.0, 1.0  # of the larger and the smaller: (x / soft)^(exponent - 1)
     if high > TINY:
-        ratio = low / high
-        power = ratio**exponent
-        root = (1.0 + power) ** (1.0 / exponent)
+        root, of_low = _root(m, low / high)
         soft = high * root
-        of_high = root / (1.0 + power)
-        of_low = of_high * (power / ratio) if ratio > 0 else 0.0
+        of_high = root - low / high * of_low  # what is homogeneous is the sum of its slopes times what they are by
     soft = max(soft, TINY)
     span = max(c + soft, TINY)
     u, v = (a - m[33] * pad) / span, b / span
@@ -63,11 +94,8 @@ def _state(
     # The cap holds: power is the cap, compute is slower, and context costs what time it takes.
     a *= (above / m[34]) ** m[35]
     high, low = max(a, b, TINY), min(a, b)
-    ratio = low / high
-    power = ratio**exponent
-    root = (1.0 + power) ** (1.0 / exponent)
-    of_high = root / (1.0 + power)
-    of_b = of_high if b >= a else of_high * (power / max(ratio, TINY))
+    root, of_low = _root(m, low / high)
+    of_b = root - low / high * of_low if b >= a else of_low
     span = max(c + high * root, TINY)
     watts = idle_w + m[34]
     return watts * span, watts * (m[3] + of_b * m[15]), span
@@ -223,32 +251,44 @@ def _only_decodes(m: Floats, decodes: float, context: float) -> tuple[float, flo
 
 
 @compiled
-def _reach(work: Floats) -> tuple[int, int]:
-    """The most decodes in a step that is looked up, and the last node of the mean context in one."""
+def _node(mean: float) -> int:
+    """The last node of a mean context of at least 1 that is not beyond it."""
+    part, octave = math.frexp(mean)
+    return int((2.0 * part - 1.0) * NODES_PER_OCTAVE) + NODES_PER_OCTAVE * (octave - 1)
+
+
+@compiled
+def _nodes(work: Floats) -> tuple[int, Floats]:
+    """The most decodes in a step that is looked up, and the nodes of the mean context in one."""
     decodes, context = 0.0, 1.0
     for k in range(work.shape[0]):
         if work[k, 0] <= 0 and work[k, 1] <= MOST_DECODES:
             decodes = max(decodes, work[k, 1])
             context = max(context, work[k, 2] / max(work[k, 1], 1.0))
-    return int(decodes), int(np.log(context) * NODES_PER_E) + 1
+    at = np.empty(_node(context) + 2)
+    for i in range(at.size):
+        octave = i // NODES_PER_OCTAVE
+        at[i] = 2.0**octave * (1.0 + (i - octave * NODES_PER_OCTAVE) / NODES_PER_OCTAVE)
+    return int(decodes), at
 
 
 @compiled
 def _look_up(
-    m: Floats, decodes: float, context: float, known: Bools, table: Floats
+    m: Floats, decodes: float, context: float, at: Floats, known: Bools, table: Floats
 ) -> tuple[float, float, float, float]:
     """`_only_decodes` from `table`, by decodes and node, where it is `known`; what is asked for first is put there."""
     mean = context / max(decodes, 1.0)
     row = int(decodes)
     if mean < 1.0 or decodes > MOST_DECODES or row != decodes:
         return _only_decodes(m, decodes, context)
-    node = int(np.log(mean) * NODES_PER_E)
-    low, high = np.exp(node / NODES_PER_E), np.exp((node + 1) / NODES_PER_E)
-    for i, at in ((node, low), (node + 1, high)):
+    node = _node(mean)
+    for i in (node, node + 1):
         if not known[row, i]:
-            table[row, i, 0], table[row, i, 1], table[row, i, 2], table[row, i, 3] = _only_decodes(m, decodes, row * at)
+            table[row, i, 0], table[row, i, 1], table[row, i, 2], table[row, i, 3] = _only_decodes(
+                m, decodes, row * at[i]
+            )
             known[row, i] = True
-    below, above, part = table[row, node], table[row, node + 1], (mean - low) / (high - low)
+    below, above, part = table[row, node], table[row, node + 1], (mean - at[node]) / (at[node + 1] - at[node])
     return (
         below[0] + part * (above[0] - below[0]),
         below[1] + part * (above[1] - below[1]),
@@ -291,14 +331,14 @@ def play(
     `tokens` and `attention` from `first[k]` to `first[k + 1]`, and are its prefill, which has no prices. `m` is the
     model, as in `_state`.
 
-    Steps without prefill, which most are, are looked up: for each number of decodes at mean contexts that are
-    1 / `NODES_PER_E` apart, worked out when first asked for, and linearly between.
+    Steps without prefill, which most are, are looked up: for each number of decodes at some mean contexts
+    (`NODES_PER_OCTAVE`), worked out when first asked for, and linearly between.
     """
     n = idle_w.size
-    total, shared, price, due_j = np.zeros(n), np.zeros(n), np.zeros((n, 4)), np.zeros(tokens.size)
+    total, shared, price, due_j = np.empty(n), np.empty(n), np.empty((n, 4)), np.zeros(tokens.size)
     nothing_j, _, nothing_s = _state(m, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)  # at zero work, but for idle power
-    decodes, nodes = _reach(work)
-    known, table = np.zeros((decodes + 1, nodes + 2), dtype=np.bool_), np.empty((decodes + 1, nodes + 2, 4))
+    decodes, at = _nodes(work)
+    known, table = np.zeros((decodes + 1, at.size), dtype=np.bool_), np.empty((decodes + 1, at.size, 4))
     for k in range(n):
         x, idle = work[k], idle_w[k]
         due = due_j[first[k] : first[k + 1]]
@@ -306,7 +346,7 @@ def play(
             own = tokens[first[k] : first[k + 1]], attention[first[k] : first[k + 1]]
             full_j, full_s, slope = _with_chunks(m, idle, x, requests[k], own[0], own[1], due)
         else:
-            cold_j, cold_slope, full_s, warm_slope = _look_up(m, x[1], x[2], known, table)
+            cold_j, cold_slope, full_s, warm_slope = _look_up(m, x[1], x[2], at, known, table)
             full_j, slope = cold_j + idle * full_s, cold_slope + idle * warm_slope
         zero_j = nothing_j + idle * nothing_s
         whole = max(full_j, zero_j)
@@ -322,6 +362,7 @@ def play(
         factor = modelled / whole if whole > TINY else 0.0
         due *= factor
         total[k], shared[k] = modelled, factor * max(whole - spent, 0.0) if whole > TINY else modelled
+        price[k, 0], price[k, 3] = 0.0, 0.0
         price[k, 1], price[k, 2] = factor * by_decode, factor * read / x[2] if x[2] > 0 else 0.0
     return total, shared, price, due_j
 

@@ -16,7 +16,7 @@ from tracegen.errors import AnalysisError
 
 ALL, UNLABELLED = "all", "(none)"
 PER_REQUEST = ("ttft_ms", "tpot_ms", "e2el_ms", "ttft_from_schedule_ms", "e2el_from_schedule_ms", "dispatch_lag_ms")
-ITL = "itl_ms"
+ITL, LAG = "itl_ms", PER_REQUEST[-1]
 _ORDER = {"code": pl.UInt32(), "group": pl.String()}
 _COUNTED = (
     *("code", "ok", "answered", "met", "known", "input_tokens", "output_tokens"),
@@ -50,7 +50,7 @@ def aggregate(
 
     `table` is of `analysis.requests.request_table`, some or all of its rows. `metrics` are of `PER_REQUEST` and `ITL`;
     columns `<metric>_p<percentile>` are over answered requests, ITL over their tokens, or over requests' mean
-    TPOT where the run has no times of chunks. A figure without data is null.
+    TPOT where the run has no times of chunks, dispatch lag over all that were sent. A figure without data is null.
     """
     table = table.with_columns(
         groups.code.alias("code"), answered().alias("answered"), (pl.col("status") == "ok").alias("ok")
@@ -63,7 +63,7 @@ def aggregate(
     known = (pl.col("energy_j").is_not_null() & pl.col("answered")).alias("known")
     table = table.with_columns(slo.met().alias("met"), known).select(*_COUNTED, *told)
     if not table["answered"].all():  # a request that failed is not fast
-        table = table.with_columns(pl.when("answered").then(m).alias(m) for m in told)
+        table = table.with_columns(pl.when("answered").then(m).alias(m) for m in told - {LAG})
     sums = table.group_by("code").agg(_sums())
     order = pl.DataFrame({"code": range(len(groups.names)), "group": groups.names}, _ORDER)
     whole = sums.select(pl.lit(ALL).alias("group"), pl.exclude("code").sum())

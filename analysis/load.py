@@ -10,6 +10,7 @@ still resolves 0.1 ns.
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from analysis.manifest import (
     worker_offsets_ns,
 )
 from analysis.polled import read_polled
+from analysis.streams import read_ahead
 from replay.rundir import MANIFEST, Run, read_group, row_groups
 from tracegen.errors import AnalysisError, RunError
 
@@ -94,12 +96,13 @@ class RunData:
     window_ns: tuple[int, int]
     instances: tuple[InstanceData, ...]
     requests: pl.DataFrame
-    unrecorded: pl.Series  # request ids of the trace that are not in requests.parquet
+    unrecorded: pl.Series  # request ids of the trace that are not in requests.parquet, those of `early` first
     scope: str
     offsets_ns: Mapping[str, int]  # of each host's clock to the replayer's
     named_host: str | None  # the one host that the manifest names, which readings without a host are of
     notes: tuple[str, ...] = field(default=())
     cpu: tuple[CpuData, ...] | None = None  # None: the run has no table of it
+    early: pl.DataFrame | None = None  # as `requests`, those of the warm-up; None: there was none
 
     @property
     def duration_s(self) -> float:
@@ -148,7 +151,10 @@ def load_run(run: Run, scope: str = "gpu") -> RunData:
         polled = read_polled(run, host, offsets)
         wanted = wanted_gpus(run, polled, scope)
         requests = reading.result()
-    unrecorded, notes = _state(run, requests["request_id"])
+    early = _requests(run, served=not recorded >= set(of_host), table="warmup") if run.has("warmup") else None
+    warmed = requests["request_id"].clear() if early is None else early["request_id"]
+    unrecorded, notes = _state(run, pl.concat([warmed, requests["request_id"]]))
+    unrecorded = pl.concat([warmed, unrecorded])
     window, remarks = _window(run, requests, of_host, polled, wanted)
     instances = tuple(
         InstanceData(
@@ -171,6 +177,7 @@ def load_run(run: Run, scope: str = "gpu") -> RunData:
         named_host=host,
         notes=(*notes, *remarks, *_unread(polled, instances, window[0])),
         cpu=_cpu(run, hosts, window[0]),
+        early=None if early is None else _seconds(early, window[0], _TIMES),
     )
 
 
@@ -213,6 +220,8 @@ def _state(run: Run, recorded: pl.Series) -> tuple[pl.Series, list[str]]:
             f"the run is not complete (state: {manifest.get('state')}): {len(recorded)} of {count} planned requests "
             "recorded"
         )
+    if torn := run.torn():
+        notes.append(f"left out, for they were not written to their ends: {', '.join(torn)}")
     failed = [str(v.get("name")) for v in manifest.get("verdicts") or [] if v.get("ok") is False]
     if failed:
         notes.append(f"the run failed its verdicts {', '.join(failed)}")
@@ -252,10 +261,12 @@ def names(gpus: Sequence[str]) -> str:
     return ", ".join(unique) if len(unique) <= MANY else f"{len(unique)} GPUs ({unique[0]} to {unique[-1]})"
 
 
-def _requests(run: Run, *, served: bool) -> pl.DataFrame:
+def _requests(run: Run, *, served: bool, table: str = "requests") -> pl.DataFrame:
     """Whose requests these are and their times on the replayer's clock; `served`: with the tokens counted."""
     columns = ["request_id", "instance", "status", "worker", *_TIMES, *(_SERVED if served else ())]
-    frame = run.scan("requests", columns).collect()
+    groups = row_groups(run.path, table, "request_id")
+    frames = list(read_ahead(groups, partial(read_group, table=table, columns=columns)))
+    frame = pl.concat(frames) if frames else run.scan(table, columns).collect()
     check_requests(run, frame)
     offsets = worker_offsets_ns(run)
     if any(offsets.values()):

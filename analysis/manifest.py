@@ -33,7 +33,8 @@ _GPU = _Within(int, "an NVML index", 0, _MOST)
 _TIME_NS = _Within(int, "a time in ns", -_MOST_NS, _MOST_NS)
 _OFFSET_NS = _Within(_NUMBER, "ns between two clocks", -_MOST_NS, _MOST_NS)
 _SPAN_NS = _Within(_NUMBER, "a stretch of ns", 0, 3.6e12)  # an hour: the slowest sensors known average over a second
-_BOARD_W = _Within(_NUMBER, "watts of one GPU", 0, 10_000)  # NVIDIA's hungriest, the B300, may draw 1,400 W
+MOST_BOARD_W = 10_000.0  # NVIDIA's hungriest, the B300, may draw 1,400 W
+_BOARD_W = _Within(_NUMBER, "watts of one GPU", 0, MOST_BOARD_W)
 _CLOCK_MHZ = _Within(_NUMBER, "a GPU's clock in MHz", 1, 10_000)  # the fastest go at some 3,000
 _WATTS = {"*": _BOARD_W}
 # What analysis reads of a manifest: a list of one shape, an object by key (`*`: any other key), or a scalar's types,
@@ -44,6 +45,8 @@ _SHAPES: dict[str, Any] = {
     "trace_sha256": str,
     "measure_start_ns": _TIME_NS,
     "measure_end_ns": _TIME_NS,
+    "stretches": [{"start_ns": _TIME_NS, "end_ns": _TIME_NS}],
+    "paused_s": _NUMBER,
     "requests": {"planned": int},
     "instances": [
         {

@@ -1,9 +1,8 @@
 """Who was in which steps: segments.parquet as compact arrays, an instance at a time, 21 bytes a row."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
-from typing import Literal
+from itertools import accumulate
+from typing import Any, Literal
 
 import numpy as np
 import polars as pl
@@ -11,10 +10,11 @@ from numpy.typing import NDArray
 
 from analysis.checks import check_members, check_segments, check_steps
 from analysis.kernels import first_overlap, spans_of
-from analysis.streams import read_ahead
+from analysis.streams import parted, read_ahead
 from replay.rundir import RowGroup, Run, read_group, row_groups
 
 Ints32 = NDArray[np.int32]
+Pieces = dict[str, NDArray[Any]]  # by the names that they have in `Members`
 COLUMNS = ("instance", "request_id", "first_step", "last_step", "kind", "tokens_per_step", "context_start")
 SPARSE = 8  # ids spread wider than so many times their number are looked up by bisection
 MOST_STEPS = 2**31 - 2  # between an instance's first and last step
@@ -91,39 +91,37 @@ def read_members(run: Run, row_of: RowOf) -> tuple[dict[int, Members], list[str]
 
     Raises `RunError` naming file, column and row where they contradict themselves or a complete run's steps.
     """
-    pieces: dict[int, list[dict[str, NDArray[np.generic]]]] = {}
     groups = row_groups(run.path, "segments", "first_step")
     lows = [group.low for group in groups]
     base = min((low for low in lows if low is not None), default=0) if None not in lows else 0
-    for rows in _checked(run, groups, base):
-        request = row_of(rows["request_id"])
-        for instance in rows["instance"].unique().to_list():
-            mine = (rows["instance"] == instance).to_numpy()
-            part = rows if mine.all() else rows.filter(pl.Series(mine))
-            pieces.setdefault(instance, []).append(
-                {
-                    "request": request[mine],
-                    "first": (part["first_step"].cast(pl.Int64) - base).to_numpy().astype(np.int32),
-                    "last": (part["last_step"].cast(pl.Int64) - base).to_numpy().astype(np.int32),
-                    "prefill": (part["kind"] == "prefill").to_numpy(),
-                    "tokens": part["tokens_per_step"].to_numpy(),
-                    "context": part["context_start"].to_numpy(),
-                }
-            )
+    rows_before = dict(zip(groups, accumulate((group.rows for group in groups), initial=0), strict=False))
+
+    def read(group: RowGroup) -> list[tuple[int, Pieces]]:
+        rows = read_group(group, "segments", COLUMNS)
+        check_members(run, rows, rows_before[group], base + MOST_STEPS)
+        return [(instance, _pieces(own, base, row_of)) for (instance,), own in parted(rows, ("instance",)).items()]
+
+    pieces: dict[int, list[Pieces]] = {}
+    for found in read_ahead(groups, read):
+        for instance, piece in found:
+            pieces.setdefault(instance, []).append(piece)
     members = {instance: _members(base, parts) for instance, parts in pieces.items()}
     return members, _check(run, members)
 
 
-def _checked(run: Run, groups: list[RowGroup], base: int) -> Iterator[pl.DataFrame]:
-    """The row groups of the table, each row possible by itself."""
-    before = 0
-    for rows in read_ahead(groups, partial(read_group, table="segments", columns=COLUMNS)):
-        check_members(run, rows, before, base + MOST_STEPS)
-        before += rows.height
-        yield rows
+def _pieces(rows: pl.DataFrame, base: int, row_of: RowOf) -> Pieces:
+    """The arrays of `Members` of some rows of one instance."""
+    return {
+        "request": row_of(rows["request_id"]),
+        "first": (rows["first_step"].cast(pl.Int64) - base).to_numpy().astype(np.int32),
+        "last": (rows["last_step"].cast(pl.Int64) - base).to_numpy().astype(np.int32),
+        "prefill": (rows["kind"] == "prefill").to_numpy(),
+        "tokens": rows["tokens_per_step"].to_numpy(),
+        "context": rows["context_start"].to_numpy(),
+    }
 
 
-def _members(base: int, parts: list[dict[str, NDArray[np.generic]]]) -> Members:
+def _members(base: int, parts: list[Pieces]) -> Members:
     """One instance's arrays, in order."""
     whole = {}
     for name in list(parts[0]):

@@ -16,7 +16,8 @@ def from_client(data: RunData, instance: InstanceData) -> tuple[Steps, Segments]
     """Pseudo-steps and segments of `instance`; None where no request was sent in the window."""
     duration_s = data.duration_s
     table = (
-        data.requests.with_row_index("request")
+        (data.requests if data.early is None else pl.concat([data.requests, data.early]))
+        .with_row_index("request")
         .filter(pl.col("instance") == instance.instance, pl.col("sent_s").is_not_null())
         .with_columns(
             pl.coalesce("last_token_s", "done_s", pl.lit(duration_s)).alias("gone_s"),

@@ -111,22 +111,25 @@ def _buckets(known: pl.DataFrame) -> pl.DataFrame:
 
 
 def bucket_rows(found: Methods) -> tuple[list[str], list[list[str]]]:
-    """Headings and cells of `Methods.buckets`: J/request by the default, then each method's difference and rank."""
+    """Headings and cells of `Methods.buckets`: J/request by the default, then each method's difference.
+
+    Before it, in brackets, by how many places the method moves the bucket in the order of J/request.
+    """
     others = [name for name in METHOD_NAMES if name != found.default]
 
     def moved(row: dict[str, Any], name: str) -> str:
         if row[f"{name}_rel"] is None:
             return "-"
         rank, usual = row[f"{name}_rank"], row[f"{found.default}_rank"]
-        place = "" if rank == usual else f" (rank {usual} to {rank})"
-        return f"{100 * row[f'{name}_rel']:+.1f} %{place}"
+        place = "" if rank == usual else f"({rank - usual:+d}) "
+        return f"{place}{100 * row[f'{name}_rel']:+z.1f} %"
 
     rows = [
         [row["bucket"], f"{row['requests']:,}", format_si(row[f"{found.default}_j"], digits=4)]
         + [moved(row, name) for name in others]
         for row in found.buckets.iter_rows(named=True)
     ]
-    return ["", "requests", f"{found.default} J/request", *others], rows
+    return ["", "requests", f"{found.default}\nJ/request", *others], rows
 
 
 def method_rows(found: Methods) -> tuple[list[str], list[list[str]]]:
@@ -139,22 +142,24 @@ def method_rows(found: Methods) -> tuple[list[str], list[list[str]]]:
     rows = []
     for document in found.methods:
         truth = document.get("simulated_truth", {})
-        cells = [document["method"], f"{document['attributed_j']:,.0f}", f"{document['other_j']:,.0f}"]
-        cells += [f"{document['idle_j']:,.0f}", format_si(document["residual_rel"], digits=2)]
+        cells = [document["method"], *(format_si(document[key] / 1e3, digits=4) for key in ("attributed_j", "other_j"))]
         cells += [percent(document[key]) for key in ("moved_median_rel", "moved_p99_rel")]
         cells.append(format_si(document["rank_correlation"], digits=4))
         cells += [percent(truth.get(key)) for key in ("median_rel", "p99_rel", "worst_bucket_rel")] if judged else []
         rows.append(cells)
-    headings = ["", "requests J", "other J", "idle J", "left over", "moved, median", "p99", "rank correlation"]
-    headings += ["SIMULATED truth: median off", "p99", "worst bucket"] if judged else []
+    headings = ["", "requests\nkJ", "other\nkJ", "moved\nmedian", "p99", "rank\ncorrelation"]
+    headings += ["SIMULATED\nerror\nmedian", "p99", "worst\nbucket"] if judged else []
     return headings, rows
 
 
 def remarks(found: Methods) -> list[str]:
     """What to know when reading the tables."""
+    whole = found.methods[0]
+    idle, measured = (format_si(whole[key], digits=4) for key in ("idle_j", "measured_j"))
+    most = format_si(max(abs(document["residual_j"]) for document in found.methods), digits=2)
     said = [
-        f"differences are to {found.default}, over answered requests; ranks order the buckets by J/request",
-        "left over: share of the measured joules that the lines do not add up to",
+        f"differences are to {found.default}, over answered requests; in brackets: places moved in their order",
+        f"beside requests and other: {idle} J idle by every method; at most {most} J of {measured} J are left over",
     ]
     if MARGINAL in METHOD_NAMES:
         said.append(f"{MARGINAL}: what no single request adds to its steps is in other, so its requests cost less")

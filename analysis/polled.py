@@ -66,8 +66,8 @@ def _telling(run: Run) -> Iterator[RowGroup]:
     A group in the middle of a long run, in which no poll failed, has nothing to tell but which GPUs are in it.
     """
     inner: list[_Inner] = []
-    hosts = row_groups(run.path, "power", "host")
-    for group, host in zip(row_groups(run.path, "power", "t_ns"), hosts, strict=True):
+    known = (row_groups(run.path, "power", column) for column in ("t_ns", "host", "gpu"))
+    for group, host, gpu in zip(*known, strict=True):
         sound = bool(group.full & set(VALUES)) and {"t_ns", "gpu"} <= group.full
         name = str(host.low)
         # Statistics of long texts may be cut.
@@ -75,10 +75,12 @@ def _telling(run: Run) -> Iterator[RowGroup]:
         if not (sound and one_host) or group.low is None or group.high is None:
             yield group
             continue
-        gpus = np.flatnonzero(np.bincount(read_group(group, "power", ("gpu",))["gpu"].to_numpy()))
-        inner.append(_Inner(group, group.low, group.high, {(name, int(gpu)) for gpu in gpus}))
-    for gpu in sorted(set().union(*(piece.gpus for piece in inner))):
-        mine = [piece for piece in inner if gpu in piece.gpus]
+        numbers = {gpu.low, gpu.high}
+        if gpu.low is None or gpu.high is None or gpu.high - gpu.low > 1:  # there may be some in between
+            numbers = set(np.flatnonzero(np.bincount(read_group(group, "power", ("gpu",))["gpu"].to_numpy())))
+        inner.append(_Inner(group, group.low, group.high, {(name, int(number)) for number in numbers}))
+    for seen in sorted(set().union(*(piece.gpus for piece in inner))):
+        mine = [piece for piece in inner if seen in piece.gpus]
         # Its first reading is no later than the end of the group that begins first; its last likewise.
         until, since = min(mine, key=lambda p: p.low).high, max(mine, key=lambda p: p.high).low
         for piece in mine:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from analysis.game import play, play_linear
+from analysis.game import play, play_linear, roots_of
 from analysis.kernels import list_chunks
 from analysis.load import Floats
 from analysis.model import TERMS, Model
@@ -88,6 +88,6 @@ def price_steps(model: Model, steps: Steps, idle_w: Floats, chunks: Chunks | Non
     chunks = whole_chunks(steps) if chunks is None else chunks
     still = 0.0 if model.pad_draws else model.compute[-1]
     scalars = [model.exponent, model.wave, still, model.cap_w, model.slows]
-    flat = np.concatenate([model.overhead, model.compute, model.memory, model.power, scalars])
+    flat = np.concatenate([model.overhead, model.compute, model.memory, model.power, scalars, roots_of(model.exponent)])
     own = chunks.first, chunks.tokens, chunks.attention
     return Parts(*play(flat, idle_w, span_s, busy_s, steps.work, steps.requests, *own), chunks)

@@ -7,7 +7,7 @@ from typing import Any
 from analysis.costs import rows_for_people
 from analysis.evaluate import Error
 from analysis.split import MARGINAL
-from tracegen.console import format_si, note, print_table, say
+from tracegen.console import format_si, note, plural, print_table, prose, say
 
 TOLD_S = 3.0  # between two words on how far it is
 
@@ -31,21 +31,23 @@ def print_energy(summary: dict[str, Any], name: str, errors: Sequence[Error] = (
     window_s = summary["window"]["duration_s"]
     simulated = "SIMULATED  " if summary["simulated"] else ""
     total = format_si(summary["measured_j"] / 1e3, " kJ", 4)
-    say(f"{simulated}{name}: {total} in {window_s:.1f} s, {summary['method']}")
+    say(f"{simulated}{name}: {total} in {window_s:.1f} s, {summary['method']}, scope {summary['scope']}")
     say()
     _print_lines(summary, name)
     for domain, joules in summary.get("cpu_j", {}).items():
         say(f"CPU {domain} {'unknown' if joules is None else f'{joules:,.0f} J'}, not attributed")
     each_j = summary["energy_per_request_j"]
     if each_j is not None:
-        answered = f"{summary['requests_averaged']:,} answered of {summary['requests']:,} requests"
-        say(f"\n{format_si(each_j, ' J', 4)} per request over {answered}{_with_idle(summary)}")
-    say(f"not accounted for: {summary['residual_j']:.3g} J; membership from {summary['membership'] or 'nothing'}")
-    for fit in summary["fit"]:
-        _print_fit(fit)
-    say(f"gain of the power meters: known to ±{100 * summary['gain_rel_se']:.0f} % only, the same for all requests")
-    for remark in summary["notes"]:
-        say(f"note: {remark}")
+        answered = f"{summary['requests_averaged']:,} answered of {plural(summary['requests'], 'request')}"
+        prose(["", f"{format_si(each_j, ' J', 4)} per request over {answered}{_with_idle(summary)}"])
+    prose(
+        [
+            f"not accounted for: {summary['residual_j']:.3g} J; membership from {summary['membership'] or 'nothing'}",
+            *(line for fit in summary["fit"] for line in _fit_lines(fit)),
+            f"gain of the power meters: known to ±{100 * summary['gain_rel_se']:.0f} % only, the same for all requests",
+            *(f"note: {remark}" for remark in summary["notes"]),
+        ]
+    )
     if "costs" in summary:
         say()
         print_table(
@@ -57,7 +59,7 @@ def print_energy(summary: dict[str, Any], name: str, errors: Sequence[Error] = (
             [e.method, f"{100 * e.median_rel:.2f} %", f"{100 * e.p99_rel:.1f} %", f"{100 * e.worst_bucket_rel:.1f} %"]
             for e in errors
         ]
-        title = f"error of J/request against SIMULATED ground truth, {errors[0].requests} requests"
+        title = f"error of J/request against SIMULATED ground truth, {plural(errors[0].requests, 'request')}"
         print_table(["method", "median", "p99", "worst bucket mean"], rows, title=title)
 
 
@@ -95,7 +97,7 @@ def _rates(costs: dict[str, Any]) -> str:
     return f"{', '.join(said)}; of a request {costs['request_energy']}"
 
 
-def _print_fit(fit: dict[str, Any]) -> None:
+def _fit_lines(fit: dict[str, Any]) -> list[str]:
     """One instance's meter, idle power and model."""
 
     def percent(key: str) -> str:
@@ -104,14 +106,15 @@ def _print_fit(fit: dict[str, Any]) -> None:
     name = "unused GPUs" if fit["instance"] is None else f"instance {fit['instance']}"
     idle = fit["idle_power_w"]
     mismatch = fit["samples_over_counter_rel"]
-    agree = "" if mismatch is None else f", samples {100 * mismatch:+.2f} % against the counter"
+    agree = "" if mismatch is None else f", samples {100 * mismatch:+z.2f} % against the counter"
     rest = f"idle {idle['before']:.1f} to {idle['after']:.1f} W"
-    say(f"{name}: {fit['gpus']} GPUs by {fit['energy_source']}{agree}; {rest}")
+    lines = [f"{name}: {plural(fit['gpus'], 'GPU')} by {fit['energy_source']}{agree}; {rest}"]
     if fit["model"]:
-        say(
+        lines.append(
             f"  {fit['model']} model on {fit['steps']:,} steps and {fit['sensor_windows']:,} sensor windows: residuals "
             f"{percent('duration_rel_rms')} in time, {percent('power_rel_rms')} in power, "
             f"{percent('block_misfit_rel')} between blocks"
         )
     if fit.get("capped_steps"):
-        say(f"  a power cap was seen to hold clocks down in {fit['capped_steps']:,} steps, which are priced by that")
+        lines.append(f"  a power cap was seen to hold clocks down in {fit['capped_steps']:,} steps, priced by that")
+    return lines

@@ -21,7 +21,8 @@ import pyarrow.parquet as pq
 from pyarrow import fs
 
 from analysis.energy import ENERGY_DIR, SUMMARY
-from replay.rundir import MANIFEST, TABLES
+from replay.rundir import MANIFEST
+from replay.tables import TABLES
 from tracegen.errors import AnalysisError
 
 _SCHEME = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]+)://")  # two letters at least: `C:` is a drive

@@ -21,8 +21,9 @@ from analysis.requests import CORE, request_table
 from analysis.saved import RunEnergy
 from analysis.series import power_series
 from analysis.tables import run_names, setting
+from analysis.trust import cautions, verdict_texts
 from replay.rundir import Run
-from tracegen.console import format_si
+from tracegen.console import format_si, plural
 from tracegen.errors import AnalysisError, RunError
 
 PARTS = ("prefill", "decode", "idle", "other")
@@ -79,10 +80,7 @@ def write_report(runs: Sequence[Run], energies: Sequence[RunEnergy], path: Path,
 
 def render_report(runs: Sequence[Run], energies: Sequence[RunEnergy], title: str) -> str:
     """The page as HTML text: every text from a run is escaped, every figure is inlined."""
-    subjects = [
-        Subject(run, name, energy, bucket_table(run, energy.requests), *_readings(run, energy))
-        for run, name, energy in zip(runs, short_names(runs), energies, strict=True)
-    ]
+    subjects = subjects_of(runs, energies)
     metered = [s for s in subjects if s.energy.summary is not None]
     over_time = [figure for subject in metered for figure in _over_time(subject.name, subject.data)]
     shown = [_joules(metered), *over_time, _buckets(metered), _latency(subjects)]
@@ -92,11 +90,20 @@ def render_report(runs: Sequence[Run], energies: Sequence[RunEnergy], title: str
         title=title,
         simulated=[s.name for s in subjects if s.run.simulated],
         all_simulated=all(s.run.simulated for s in subjects),
+        cautions=[line for s in subjects for line in cautions(s.name, s.run)],
         headlines=headlines(subjects),
         figures=[figure for figure in shown if figure],
         tables=[(s.name, *rows_for_people(s.buckets)) for s in subjects],
         runs=[_card(s) for s in subjects],
     )
+
+
+def subjects_of(runs: Sequence[Run], energies: Sequence[RunEnergy]) -> list[Subject]:
+    """The runs with their energies, by the names that the report calls them."""
+    return [
+        Subject(run, name, energy, bucket_table(run, energy.requests), *_readings(run, energy))
+        for run, name, energy in zip(runs, short_names(runs), energies, strict=True)
+    ]
 
 
 def short_names(runs: Sequence[Run]) -> list[str]:
@@ -296,6 +303,7 @@ def _card(subject: Subject) -> dict[str, Any]:
     """A run's settings, verdicts, and how its energy was found."""
     manifest, summary = subject.run.manifest, subject.energy.summary or {}
     instances = manifest.get("instances") or []
+    sources = [f"{fit['energy_source']} of {plural(fit['gpus'], 'GPU')}" for fit in summary.get("fit", [])]
     settings = {
         "engine": manifest.get("engine"),
         "state": manifest.get("state"),
@@ -307,35 +315,18 @@ def _card(subject: Subject) -> dict[str, Any]:
         "window, s": f"{summary['window']['duration_s']:,.1f}" if summary else None,
         "measured, kJ": f"{summary['measured_j'] / 1e3:,.1f}" if summary else None,
         "method": summary.get("method"),
+        "scope": subject.energy.scope,
         "membership": summary.get("membership"),
-        "energy from": "; ".join(f"{f['energy_source']} of {f['gpus']} GPUs" for f in summary.get("fit", [])) or None,
+        "energy from": "; ".join(sources) or None,
     }
     return {
         "name": subject.name,
         "directory": subject.run.name,
         "simulated": subject.run.simulated,
         "settings": {key: str(value) for key, value in settings.items() if value is not None},
-        "verdicts": [_verdict(v) for v in manifest.get("verdicts") or []],
+        "verdicts": [verdict_texts(v) for v in manifest.get("verdicts") or []],
         "notes": [*summary.get("notes", []), *(text for text in (subject.energy.why, subject.unmetered) if text)],
     }
-
-
-def _verdict(verdict: dict[str, Any]) -> dict[str, Any]:
-    """A verdict as texts; `ok` None is not judged."""
-    return {
-        "name": str(verdict.get("name", "")),
-        "ok": verdict.get("ok"),
-        "value": _figure(verdict.get("value")),
-        "bound": _figure(verdict.get("bound")),
-        "why": str(verdict.get("why") or ""),
-    }
-
-
-def _figure(value: Any) -> str:
-    """A verdict's value or bound, whatever its writer made of it."""
-    if value is None:
-        return "-"
-    return format_si(value, digits=4) if isinstance(value, int | float) else str(value)
 
 
 def _si(joules: float | None) -> str:

@@ -93,9 +93,7 @@ def worker_offset_ns(run: Run) -> pl.Expr:
 
 def stored_columns(run: Run, table: str) -> set[str]:
     """The columns of `table`; of one that is still in parts those that each part has."""
-    path = run.path / f"{table}.parquet"
-    parts = [p for p in path.iterdir() if p.suffix == ".parquet"] if path.is_dir() else [path]
-    return set.intersection(*(set(pq.read_schema(part).names) for part in parts))
+    return set.intersection(*(set(pq.read_schema(part).names) for part in run.files(table)))
 
 
 def beside(request_id: pl.Series, other: pl.DataFrame) -> pl.DataFrame:

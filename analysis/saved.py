@@ -27,13 +27,21 @@ class RunEnergy:
     why: str | None = None
     unsaved: str | None = None
 
+    @property
+    def scope(self) -> str | None:
+        """Whose joules these are: `gpu` or `node`, as they were attributed; None where there are none."""
+        return None if self.summary is None else str(self.summary.get("scope", "gpu"))
+
     def remark(self, run: Run) -> str | None:
         """What to tell a user who asked for something else."""
+        said = [f"left out, for they were not written to their ends: {', '.join(torn)}"] if (torn := run.torn()) else []
         if self.why:
-            return f"{run.name}: no energy: {self.why}"
-        if self.unsaved:
-            return f"{run.name}: energy attributed, but not kept: {self.unsaved}"
-        return f"{run.name}: energy attributed and saved in {run.path / ENERGY_DIR}" if self.fresh else None
+            said.append(f"no energy: {self.why}")
+        elif self.unsaved:
+            said.append(f"energy attributed, but not kept: {self.unsaved}")
+        elif self.fresh:
+            said.append(f"energy attributed and saved in {run.path / ENERGY_DIR}")
+        return "\n".join(f"{run.name}: {text}" for text in said) or None
 
 
 def save(energy: Energy) -> None:

@@ -10,7 +10,8 @@ import polars as pl
 import pyarrow.parquet as pq
 from polars.io.plugins import register_io_source
 
-from replay.rundir import TABLES, Run, check_table, row_groups
+from replay.rundir import Run, row_groups
+from replay.tables import TABLES, check_table
 
 Rows = Callable[[Sequence[str]], Iterator[pl.DataFrame]]
 

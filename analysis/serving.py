@@ -50,6 +50,7 @@ class Serving:
     steady: Steady
     figures: pl.DataFrame
     itl_source: str  # tokens | requests
+    scope: str | None  # whose joules: gpu | node
     why_no_energy: str | None
     remarks: tuple[str, ...]
 
@@ -73,6 +74,7 @@ class Serving:
             "steady": self.steady.document(),
             "slo": {"bounds_ms": dict(self.question.slo.bounds_ms), "source": self.question.slo.source},
             "itl_source": self.itl_source,
+            "scope": self.scope,
             "metric_percentiles": list(self.question.percentiles),
             "by": self.question.by,
             "all": self.whole,
@@ -111,7 +113,7 @@ def serving(run: Run, energy: RunEnergy, question: Question | None = None) -> Se
         start_s = pl.Series("start_s", [*(edges[:-1] - edges[0]) / NS_PER_S, 0.0])
         figures = figures.insert_column(1, start_s)
     remarks = _remarks(table, figures, steady, question, source)
-    return Serving(run, question, window, steady, figures, source, why, remarks)
+    return Serving(run, question, window, steady, figures, source, energy.scope, why, remarks)
 
 
 def steady_part(run: Run) -> tuple[Steady, list[str]]:
@@ -204,7 +206,7 @@ def _measured_j(run: Run, energy: RunEnergy, edges: Ints) -> tuple[list[float | 
         return [energy.summary["measured_j"]] * 2, None
     cuts = np.unique(np.clip([*ends, *edges], *ends))
     try:
-        parts = joules_between(run, meters(run, str(energy.summary.get("scope", "gpu"))), [int(c) for c in cuts])
+        parts = joules_between(run, meters(run, str(energy.scope)), [int(c) for c in cuts])
     except (AnalysisError, RunError) as error:
         return [None] * len(edges), str(error)
     if parts.sum() <= 0:

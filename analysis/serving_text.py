@@ -5,6 +5,7 @@ from typing import Any
 
 from analysis.groups import ITL
 from analysis.serving import Serving
+from tracegen.console import plural
 
 _ROWS = {
     "ttft_ms": "TTFT, ms",
@@ -28,8 +29,9 @@ def group_rows(answer: Serving) -> tuple[list[str], list[list[str]]]:
     """Headings and cells: one row a group; of the percentiles the first and the last."""
     low, high = answer.question.percentiles[0], answer.question.percentiles[-1]
     marks = f"p{low:g}" if low == high else f"p{low:g} / p{high:g}"
-    headings = ["", "requests", "sent/s", f"TTFT {marks}", "ITL", "TPOT", "E2EL, s", "goodput/s", "SLO met"]
-    headings += ["tokens/s", "W", "J/out token"]
+    by_time = answer.question.by == "window"  # a meter knows of time, but not who is who
+    headings = ["", "requests", "sent/s", f"TTFT ms\n{marks}", "ITL ms", "TPOT ms", "E2EL s", "goodput/s", "SLO met"]
+    headings += ["tokens/s", *(["W"] if by_time else []), "J/out token"]
 
     def pair(row: Mapping[str, Any], metric: str, unit: float = 1.0) -> str:
         values = [row[f"{metric}_p{p:g}"] for p in dict.fromkeys((low, high))]
@@ -45,7 +47,7 @@ def group_rows(answer: Serving) -> tuple[list[str], list[list[str]]]:
             _short(row["request_goodput"]),
             "-" if row["slo_attainment"] is None else f"{100 * row['slo_attainment']:.1f} %",
             _short(row["output_throughput"]),
-            _short(row["power_w"]),
+            *([_short(row["power_w"])] if by_time else []),
             _short(row["energy_per_output_token_j"]),
         ]
         for row in answer.figures.iter_rows(named=True)
@@ -61,15 +63,16 @@ def sentences(answer: Serving) -> list[str]:
     rates = f"{_short(row['request_throughput'])} requests/s and {_short(row['output_throughput'])} output tokens/s"
     seconds = f"{row['duration_s']:,.1f} s"
     lines = [
-        f"{row['answered']:,} of {row['requests']:,} requests answered; {rates} over the {kind}, {seconds}",
+        f"{row['answered']:,} of {plural(row['requests'], 'request')} answered; {rates} over the {kind}, {seconds}",
         f"goodput {_short(row['request_goodput'])} requests/s: {met} of all requests met {question.slo}",
     ]
     if row["power_w"] is None:
         lines.append(f"no power: {answer.why_no_energy}")
     else:
         lines.append(
-            f"{_short(row['power_w'])} W, idle included: {_short(row['output_tokens_per_joule'])} output tokens per "
-            f"joule, goodput {_short(row['goodput_per_watt'])} requests/s per watt, energy-delay product "
+            f"{_short(row['power_w'])} W (scope {answer.scope}), idle included: "
+            f"{_short(row['output_tokens_per_joule'])} output tokens per joule, goodput "
+            f"{_short(row['goodput_per_watt'])} requests/s per watt, energy-delay product "
             f"{_short(row['energy_delay_product'])} J s"
         )
     if answer.steady.start_ns is not None:

@@ -30,10 +30,11 @@ from analysis.steps import (
     times_of,
 )
 from analysis.streams import OrderedRows, Part, Reader, Rows, parted, rows_between
-from replay.rundir import POWER, read_group, row_groups
+from replay.rundir import read_group, row_groups
+from replay.tables import POWER
 from tracegen.errors import RunError
 
-STEPS_AT_ONCE = 1_000_000
+STEPS_AT_ONCE = 250_000  # of an instance; more would be slower, for nothing would be found in a cache
 READINGS_AT_ONCE = 4_000_000
 MARGIN_S = 3.0  # of readings on either side of a slab: what is made of them reaches no further
 CLOCK_STEP_MHZ = 30  # within which a clock is the same: two steps of its grid
@@ -250,7 +251,7 @@ class RunSlabs:
     """The slabs of a run in order of time, and a sample of them."""
 
     def __init__(self, data: RunData, members: dict[int, Members], *, at_once: int = STEPS_AT_ONCE) -> None:
-        """`at_once`: steps in a slab."""
+        """`at_once`: steps of an instance in a slab."""
         self._data, self._members = data, members
         self._shifts: dict[Part, int] = {(i.instance,): i.offset_ns for i in data.instances if i.recorded}
         self._steps = row_groups(data.run.path, "steps", "end_ns") if self._shifts else []
@@ -261,6 +262,7 @@ class RunSlabs:
         }
         self.steps = sum(group.rows for group in self._steps)
         readings = sum(group.rows for group in self._power)
+        at_once *= max(len(self._shifts), 1)
         self.count = max(1, -(-self.steps // at_once), -(-readings // READINGS_AT_ONCE))
 
     def rows_of(self, instance: InstanceData) -> Ints:

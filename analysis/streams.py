@@ -5,15 +5,19 @@ is read when the least value in it (the file's own statistics) is asked for. Onl
 memory as a whole.
 """
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from threading import Lock
 from typing import Any
 
 import polars as pl
 
 from replay.rundir import RowGroup, read_group
 
-KEPT_ROWS = 4_000_000  # some hundred MB
+KEPT_ROWS = 8_000_000  # some hundred MB
+READERS = 2
+FEW_VALUES = 16
 UNKNOWN = -(2**63)  # the least value of a row group that does not tell it
 
 Part = tuple[Any, ...]  # the values of the columns that a table is parted by
@@ -27,15 +31,17 @@ class Reader:
         self._table, self._columns = table, list(columns)
         self._kept: dict[RowGroup, pl.DataFrame] = {}
         self._room = KEPT_ROWS
+        self._lock = Lock()
 
     def first(self, group: RowGroup) -> pl.DataFrame:
         """The rows of a group that `last` will be asked for. Raises `RunError` where they are damaged."""
         rows = self._kept.get(group)
         if rows is None:
             rows = read_group(group, self._table, self._columns)
-            if rows.height <= self._room:
-                self._kept[group] = rows
-                self._room -= rows.height
+            with self._lock:
+                if rows.height <= self._room:
+                    self._kept[group] = rows
+                    self._room -= rows.height
         return rows
 
     def last(self, group: RowGroup) -> pl.DataFrame:
@@ -91,21 +97,34 @@ class OrderedRows:
         return ready
 
 
-def read_ahead(groups: Sequence[RowGroup], read: Callable[[RowGroup], pl.DataFrame]) -> Iterator[pl.DataFrame]:
-    """The rows of one of `groups` after the other; the next is read while one is worked on."""
-    with ThreadPoolExecutor(1) as reader:
-        ahead = [reader.submit(read, group) for group in groups[:1]]
-        for i in range(len(groups)):
-            rows = ahead.pop().result()
-            ahead = [reader.submit(read, group) for group in groups[i + 1 : i + 2]]
+def read_ahead(groups: Sequence[RowGroup], read: Callable[[RowGroup], Any]) -> Iterator[Any]:
+    """What `read` makes of one of `groups` after the other; the next two are read while one is worked on."""
+    with ThreadPoolExecutor(READERS) as readers:
+        ahead = deque(readers.submit(read, group) for group in groups[:READERS])
+        for group in [*groups[READERS:], *[None] * min(READERS, len(groups))]:
+            rows = ahead.popleft().result()
+            if group is not None:
+                ahead.append(readers.submit(read, group))
             yield rows
 
 
 def parted(rows: pl.DataFrame, by: Sequence[str]) -> Rows:
     """`rows` by the values of `by`, in the order that they have."""
-    if rows.height and all(not rows[name].null_count() and (rows[name] == rows[name][0]).all() for name in by):
-        return {tuple(rows[name][0] for name in by): rows}
-    return rows.partition_by(by, as_dict=True)
+    parts: Rows = {(): rows}
+    for name in by:
+        parts = {(*part, value): own for part, mine in parts.items() for value, own in _by_value(mine, name)}
+    return parts
+
+
+def _by_value(rows: pl.DataFrame, name: str) -> list[tuple[Any, pl.DataFrame]]:
+    """`rows` by the values of one column; to pick out each of a few is three times as fast as `partition_by`."""
+    column = rows[name]
+    if rows.height and not column.null_count() and column.min() == column.max():
+        return [(column[0], rows)]
+    values = column.unique(maintain_order=True)
+    if len(values) > FEW_VALUES:
+        return [(value, own) for (value,), own in rows.partition_by(name, as_dict=True).items()]
+    return [(value, rows.filter(column.eq_missing(value))) for value in values]
 
 
 def rows_between(

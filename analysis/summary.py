@@ -1,5 +1,6 @@
 """What an attribution says of a run as a whole: the document of `energy/summary.json`."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -7,19 +8,26 @@ import numpy as np
 import polars as pl
 
 from analysis.counter import UNREAD
+from analysis.edges import edge_note
 from analysis.fit import Quality
 from analysis.idle import Idle
 from analysis.latency import answered
 from analysis.load import CpuData, RunData, names
 from analysis.regimes import Regime
 from analysis.timeline import EDGE_S, Curve, Estimate, GpuTimeline
-from tracegen.console import format_si
+from tracegen.console import format_si, plural
 
 # One board's gain against another's, from the published tests of power meters on H100 (Yang et al., "Part-time Power
 # Measurements: nvidia-smi's Lack of Attention", SC 2024): about ±5 %. Boards of one group may err together.
 GAIN_REL_SE = 0.05
 MISMATCH_REL = 0.05  # between counter and samples that is worth a word; the run's verdict has the same bound
 RECORDS, CLIENT = "step records", "client timestamps"
+# Why a request has no energy.
+WITHOUT_ENERGY = {
+    "unread": "ran while no power was read",
+    "idle": "got nothing, for idle power is more than what was measured in the mean",
+    "unrecorded": "left no record of work",
+}
 
 
 @dataclass(frozen=True)
@@ -43,20 +51,24 @@ class InstanceEnergy:
 def summarize(
     data: RunData, parts: list[InstanceEnergy], frame: pl.DataFrame, method: str, unknown: int
 ) -> dict[str, Any]:
-    """The document of `energy/summary.json`."""
+    """The document of `energy/summary.json`; `unknown`: how many requests have no energy."""
     measured_j, idle_j, other_j = (
         float(np.sum([getattr(part, name) for part in parts])) for name in ("measured_j", "idle_j", "other_j")
     )
     attributed_j = float(frame["energy_j"].sum())
     served = frame.with_columns(data.requests["status"]).filter(answered()).drop_nulls("energy_j")
     each_j = served["energy_j"].mean()
-    notes = [*data.notes, *_notes(data, parts, frame, unknown)]
+    reasons = _without_energy(data, parts, frame) if unknown else {}
+    notes = [*data.notes, *_notes(data, parts, frame, reasons)]
     memberships = sorted({p.membership for p in parts if p.membership})
     ran = frame.filter(pl.col("energy_j") > 0).height
     cpu_j = {cpu.name: _cpu_j(cpu, data.duration_s) for cpu in data.cpu or ()}
     notes += [
         f"CPU {name}: energy unknown, for its counter {why}" for name, why in cpu_j.items() if isinstance(why, str)
     ]
+    by_counter = all(t.curve.source == "counter" and not t.patches for part in parts for t in part.timelines)
+    if by_counter and data.scope == "gpu" and (told := edge_note(data.run, measured_j, data.duration_s)):
+        notes.append(told)
     return {
         "run_id": data.run.manifest.get("run_id", data.run.name),
         "simulated": data.run.simulated,
@@ -67,6 +79,7 @@ def summarize(
         "requests": frame.height,
         "requests_with_energy": ran,
         "requests_averaged": served.height,
+        "requests_without_energy": reasons,
         "energy_per_request_j": each_j if isinstance(each_j, float) else None,
         "measured_j": measured_j,
         "attributed_j": attributed_j,
@@ -95,11 +108,28 @@ def _cpu_j(cpu: CpuData, duration_s: float) -> float | str:
     return Curve("counter", cpu.t_s, cpu.energy_j).between(0.0, duration_s)
 
 
-def _notes(data: RunData, parts: list[InstanceEnergy], frame: pl.DataFrame, unknown: int) -> list[str]:
+def _without_energy(data: RunData, parts: list[InstanceEnergy], frame: pl.DataFrame) -> dict[str, int]:
+    """How many requests have no energy, by the reason: a key of `WITHOUT_ENERGY`; none that has no request."""
+    rows = data.requests.filter(frame["energy_j"].is_null())
+    gone_s = pl.max_horizontal("sent_s", "last_token_s", "done_s")
+    unread = (pl.col("sent_s") >= data.duration_s) | (gone_s <= 0)
+    starved = pl.col("instance").is_in([part.instance for part in parts if _idle_above_mean(part, data.duration_s)])
+    why = pl.when(unread).then(pl.lit("unread")).when(starved).then(pl.lit("idle")).otherwise(pl.lit("unrecorded"))
+    counts = rows.select(why.alias("why"))["why"].value_counts().sort("why")
+    return dict(counts.iter_rows())
+
+
+def _idle_above_mean(part: InstanceEnergy, duration_s: float) -> bool:
+    """Whether idle power alone would have taken more than was measured."""
+    return sum((idle.before_w + idle.after_w) / 2 for idle in part.idle) * duration_s > part.measured_j
+
+
+def _notes(data: RunData, parts: list[InstanceEnergy], frame: pl.DataFrame, reasons: Mapping[str, int]) -> list[str]:
     """What a reader should know before believing the figures, apart from what `load_run` found."""
-    notes = []
-    if unknown:
-        notes.append(f"{unknown} requests left no record of their work: their energy is null, not zero")
+    notes = [
+        f"{plural(number, 'request')} {WITHOUT_ENERGY[why]}: energy is null, not zero"
+        for why, number in reasons.items()
+    ]
     failed = frame.with_columns(data.requests["status"]).filter((pl.col("status") != "ok").fill_null(True))
     if failed.height:
         counts = failed["status"].fill_null("no status").value_counts(sort=True).sort("count", "status")
@@ -112,7 +142,7 @@ def _notes(data: RunData, parts: list[InstanceEnergy], frame: pl.DataFrame, unkn
     if lost:
         lost_j = sum(part.unrecorded_j for part in parts)
         notes.append(
-            f"{format_si(lost_j, ' J', 4)} of other are {lost} requests of the trace whose end was not recorded"
+            f"{format_si(lost_j, ' J', 4)} of other are {plural(lost, 'request')} of the trace {_why_lost(data)}"
         )
     for part in parts:
         notes += [i.why for i in part.idle if i.why]
@@ -129,6 +159,15 @@ def _notes(data: RunData, parts: list[InstanceEnergy], frame: pl.DataFrame, unkn
             off = f"power samples come to {100 * (line.mismatch_rel or 0.0):+.0f} % of the counter's energy"
             said.setdefault(f"{off}: one of them is wrong", []).append(line.name)
     return notes + [f"{names(gpus)}: {text}" for text, gpus in said.items()]
+
+
+def _why_lost(data: RunData) -> str:
+    """Why requests of the trace are not in requests.parquet."""
+    unended = "whose end was not recorded"
+    if data.early is None:
+        return unended
+    others = "" if data.unrecorded.equals(data.early["request_id"]) else f", or {unended}"
+    return f"that were due in the warm-up{others}"
 
 
 def _patched(line: GpuTimeline) -> list[str]:

@@ -76,7 +76,9 @@ class Runs:
         return self.table("buckets")
 
     def runs(self) -> pl.LazyFrame:
-        """One row a run: `path`, model, instances, power_cap_w, state, simulated, requests, duration_s and its joules.
+        """One row a run: `path`, model, instances, power_cap_w, state, simulated, requests, duration_s, its joules.
+
+        `scope`: whose joules these are, the serving GPUs' (`gpu`) or those of every sampled GPU (`node`).
 
         `no_energy` says why the joules are null where they are.
         """
@@ -167,6 +169,8 @@ class Runs:
                     remark = f"{found.where}: energy attributed here and kept in {found.run.path}, not there"
                 if remark:
                     self.note(remark)
+                if known.scope == "node":
+                    self.note(f"{found.run.name}: its joules are of every sampled GPU (scope node, as attributed)")
             return self._energies[found.where]
 
 
@@ -262,6 +266,7 @@ def _run_row(found: Found, energy: RunEnergy) -> pl.DataFrame:
         "simulated": (found.run.simulated, pl.Boolean()),
         "requests": (summary.get("requests"), pl.Int64()),
         "duration_s": (summary.get("window", {}).get("duration_s"), pl.Float64()),
+        "scope": (energy.scope, pl.String()),
         **{name: (summary.get(name), pl.Float64()) for name in _FIGURES},
         "no_energy": (energy.why, pl.String()),
     }

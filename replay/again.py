@@ -9,8 +9,11 @@ from typing import Any
 import msgspec
 
 from replay.plan import RunOptions
+from replay.rundir import Run
 from tracegen.durations import NS_PER_S
 from tracegen.errors import RunError
+from tracegen.schema import file_sha256
+from tracegen.workload import command_words
 
 # Of each argument its option; two names: what turns it on and what turns it off.
 OPTIONS: dict[str, str | tuple[str | None, str | None]] = {
@@ -37,6 +40,7 @@ OPTIONS: dict[str, str | tuple[str | None, str | None]] = {
     "num_prompts": "--num-prompts",
     "time_scale": "--time-scale",
     "ramp_ns": "--ramp",
+    "warmup_ns": "--warmup",
     "overlong": "--overlong",
     "exact": ("--ignore-eos", "--no-ignore-eos"),
     "max_concurrency": "--max-concurrency",
@@ -69,6 +73,17 @@ def options_of(manifest: Mapping[str, Any]) -> RunOptions:
         return msgspec.convert(arguments, RunOptions, dec_hook=lambda kind, value: kind(value))
     except msgspec.ValidationError as error:
         raise RunError(f"the manifest's arguments do not tell how the run was asked for ({error})") from None
+
+
+def find_trace(run: Run, options: RunOptions) -> Path | None:
+    """The trace that was replayed, byte for byte: as it was named, from here or from where the run was started."""
+    place = run.path.resolve()
+    up = 2 if options.output is None else len(options.output.parts)  # the default is under runs/
+    started = place.parents[up - 1] if up <= len(place.parents) else place
+    for path in (options.trace, started / options.trace):
+        if path.is_file() and file_sha256(path) == run.manifest["trace_sha256"]:
+            return path
+    return None
 
 
 def replay_command(options: RunOptions, output: Path, own_trace: Path | None = None) -> str:
@@ -129,16 +144,28 @@ def tracegen_commands(metadata: Mapping[str, Any], output: str) -> list[str]:
     return [*before, shlex.join([*mine, "-o", output])]
 
 
+def _import_words(asked: Mapping[str, Any], file: str) -> list[str]:
+    """What was given to `tracegen import FORMAT`, in the order in which the metadata keep it."""
+    words = [file, "--label", str(asked["label"]), *["--skip-bad"] * bool(asked["skip_bad"])]
+    for name in ("limit", "sort", "dequantize", "map", "time_unit"):
+        value = asked.get(name)
+        if value:
+            words.append(f"--{name.replace('_', '-')}")
+            words += (
+                [",".join(f"{k}={v}" for k, v in value.items())]
+                if name == "map"
+                else [str(value)] * (value is not True)
+            )
+    return words
+
+
 _GENERATORS: dict[str, Callable[[Mapping[str, Any], str], list[str]]] = {
-    "tracegen synth": lambda asked, _: [
-        "--mix", str(asked["mix"]), "--rate", str(asked["rate_rps"]), "--duration",
-        exact_duration(asked["duration_ns"]),
-    ],
+    "tracegen synth": lambda asked, _: command_words(asked, exact_duration(asked["duration_ns"])),
     "tracegen scale": lambda asked, file: [file, "--rate", str(asked["rate_target_rps"])],
     "tracegen slice": lambda asked, file: [
         file, "--start", exact_duration(asked["start_ns"]), "--duration", exact_duration(asked["duration_ns"]),
     ],
-    "tracegen import azure": lambda asked, file: [
-        file, "--label", str(asked["label"]), *["--skip-bad"] * bool(asked["skip_bad"]),
-    ],
+    **dict.fromkeys(
+        [f"tracegen import {name}" for name in ("azure", "burstgpt", "mooncake", "bailian", "table")], _import_words
+    ),
 }  # fmt: skip

@@ -5,17 +5,20 @@ import os
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from replay.allocators import give_back_freed_memory
 from replay.gpu.cli import AsJson, clocks_app, parse_gpus, probe
 from replay.live import Progress, open_progress
-from replay.plan import RunOptions
 from replay.sim.cli import sim_app
-from tracegen.console import make_app, print_json, run_app, say
+from tracegen.console import make_app, print_json, prose, run_app, say
 from tracegen.durations import parse_duration_ns
-from tracegen.errors import ReplayError
+from tracegen.errors import ReplayError, WattraceError
+
+if TYPE_CHECKING:
+    from replay.plan import RunOptions
 
 app = make_app("Send a trace to an LLM server at locked GPU clocks, and record requests, engine steps and power.")
 app.add_typer(clocks_app, name="clocks")
@@ -118,6 +121,9 @@ def run(
         float, typer.Option(help="Stretch the trace's time by this much: 0.5 sends twice as fast.")
     ] = 1.0,
     ramp: Annotated[str, typer.Option(help="Let the rate rise linearly to the trace's own over this time.")] = "0s",
+    warmup: Annotated[
+        str, typer.Option(help="Send what is due within this time, but leave it out of all figures: 30s.")
+    ] = "0s",
     think_time: Annotated[
         bool, typer.Option("--think-time", help="A session's turn leaves its think time after the turn before ended.")
     ] = False,
@@ -193,6 +199,9 @@ def run(
 
     A server's API key is read from the environment variable OPENAI_API_KEY.
     """
+    if not virtual:
+        give_back_freed_memory()
+    from replay.plan import RunOptions
     from replay.show import lines
     from replay.summary import summarize
 
@@ -222,10 +231,11 @@ def run(
         steps=steps,
         num_warmups=num_warmups,
         api_key=os.environ.get("OPENAI_API_KEY"),
-        duration_ns=None if duration is None else parse_duration_ns(duration),
+        duration_ns=None if duration is None else _duration_ns("--duration", duration, zero_ok=False),
         num_prompts=num_prompts,
         time_scale=time_scale,
-        ramp_ns=parse_duration_ns(ramp, zero_ok=True),
+        ramp_ns=_duration_ns("--ramp", ramp),
+        warmup_ns=_duration_ns("--warmup", warmup),
         overlong=overlong,
         exact=ignore_eos,
         max_concurrency=max_concurrency,
@@ -234,7 +244,7 @@ def run(
         endpoint=endpoint,
         stream=stream,
         think_time=think_time,
-        idle_ns=parse_duration_ns(idle, zero_ok=True),
+        idle_ns=_duration_ns("--idle", idle),
         ready_timeout_s=ready_check_timeout_sec,
         request_timeout_s=request_timeout_sec,
         seed=seed,
@@ -248,7 +258,7 @@ def run(
     if as_json:
         print_json(summary)
     else:
-        say("\n".join(lines(summary)))
+        prose(lines(summary))
         then = f"analysis {'energy' if summary['gpus'] else 'buckets'}"
         whole = summary["state"] == "complete" or options.virtual
         say(f"\nwrote {run_dir}; next: {then if whole else 'replay run --resume'} {run_dir}")
@@ -258,7 +268,7 @@ def run(
         sys.exit(1)
 
 
-def _run(options: RunOptions, progress: Progress, prometheus_port: int | None) -> Path:
+def _run(options: "RunOptions", progress: Progress, prometheus_port: int | None) -> Path:
     """Replay in wall time or in virtual time."""
     if options.virtual:
         from replay.virtual.run import run_virtual
@@ -266,14 +276,10 @@ def _run(options: RunOptions, progress: Progress, prometheus_port: int | None) -
         if prometheus_port is not None:
             raise ReplayError("--prometheus-port with --virtual: nothing goes on long enough to be watched")
         return run_virtual(options, progress)
-    import pyarrow as pa
     import uvloop
 
     from replay.exposition import WatchedProgress, serve_metrics
     from replay.session import run as run_session
-
-    # Arrow's own allocator keeps 10 to 20 MiB more for itself; a load client's memory is the server's on one host.
-    pa.set_memory_pool(pa.system_memory_pool())
 
     async def watched_run() -> Path:
         watched = WatchedProgress(progress)
@@ -305,7 +311,7 @@ def show(run_dir: RunDir, as_json: AsJson = False) -> None:
     if as_json:
         print_json(summary)
     else:
-        say("\n".join(lines(summary)))
+        prose(lines(summary))
 
 
 @app.command()
@@ -328,7 +334,9 @@ def check(run_dir: RunDir, as_json: AsJson = False) -> None:
     if as_json:
         print_json(found)
     else:
-        say("\n".join(lines(found)))
+        prose(lines(found))
+        if found["commands"]:  # whole, however long: they are to be copied
+            say("\n".join(["repeated by", *(f"  {command}" for command in found["commands"])]))
     if not good(found):
         sys.exit(1)
 
@@ -360,6 +368,14 @@ def vllm_args(
 
 
 app.command()(probe)
+
+
+def _duration_ns(option: str, text: str, *, zero_ok: bool = True) -> int:
+    """What `option` was given, ns. Raises a `WattraceError` that names it for what is no duration, or is zero."""
+    try:
+        return parse_duration_ns(text, zero_ok=zero_ok)
+    except WattraceError as error:
+        raise ReplayError(f"{option} {error}") from None
 
 
 def _parse_metadata(pairs: list[str]) -> dict[str, str]:

@@ -4,15 +4,19 @@ The general path: TLS, proxies, whatever aiohttp speaks. Times are taken when th
 after.
 """
 
+import ast
 import io
+import re
 from typing import Any
 
 import aiohttp
 
 from replay.clock import now_ns
-from replay.stream import EventStream, Record, shorten, take_whole
+from replay.http1 import not_http
+from replay.stream import EventStream, Record, network_error, shorten, take_whole
 
 _LARGE_BYTES = 1 << 20
+_SHOWN = re.compile(r"^\s*(b(['\"]).*\2)\s*$", re.MULTILINE)  # what aiohttp's parser could not read, as it shows it
 
 
 def tell_reuse() -> aiohttp.TraceConfig:
@@ -43,6 +47,7 @@ class CompletionsClient:
         self._url = base_url + path
         self._timeout = aiohttp.ClientTimeout(total=timeout_s)
         self._stream = stream
+        self._answered = False  # whether the server has answered anything
 
     async def send(self, record: Record, body: bytes, name: str | None = None) -> None:
         """Send `body`, read the answer to its end and fill `record`.
@@ -56,9 +61,11 @@ class CompletionsClient:
                 pass
         except TimeoutError as error:  # the operating system's too, which has words of its own
             record.status, record.error = "timeout", str(error) or f"no end within {self._timeout.total} s"
+        except aiohttp.ClientResponseError as error:
+            record.status, record.error = "http_error", _bad_head(error)
         except (aiohttp.ClientError, OSError) as error:
             record.status = "connect_error" if record.headers_ns is None else "stream_error"
-            record.error = shorten(f"{type(error).__name__}: {error}".encode())
+            record.error = network_error(error, answered=self._answered)
         finally:
             if record.status != "aborted":
                 record.done_ns = now_ns()
@@ -83,6 +90,7 @@ class CompletionsClient:
             self._url, data=data, headers=headers, timeout=self._timeout, trace_request_ctx=reused
         ) as response:
             record.headers_ns = now_ns()
+            self._answered = True
             record.http_status = response.status
             if response.status != 200:
                 error = shorten(await response.read())
@@ -100,3 +108,11 @@ class CompletionsClient:
         while data := await response.content.readany():
             stream.feed(data, now_ns())
         stream.judge()
+
+
+def _bad_head(error: aiohttp.ClientResponseError) -> str:
+    """What is wrong with an answer whose head cannot be read."""
+    shown = _SHOWN.search(error.message)
+    if shown is None or not error.message.startswith("Bad status line"):
+        return shorten(error.message.encode())
+    return not_http(ast.literal_eval(shown[1]))

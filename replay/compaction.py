@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import zip_longest
 from pathlib import Path
 from typing import Self
 
@@ -10,47 +10,50 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from replay.rundir import REQUESTS, REQUESTS_OPTIONAL, RowGroup, read_group, row_groups
+from replay.rundir import RowGroup, read_group, row_groups
+from replay.tables import REQUESTS, REQUESTS_OPTIONAL
 
 _GROUP_BYTES = 4 << 20  # of rows, as they are in memory, in each row group that is written
 
 
-def compact_requests(run_dir: Path) -> None:
+def compact_requests(run_dir: Path, table: str = "requests") -> None:
     """Make the parts one file, sorted by `scheduled_ns` and `request_id`; a table that is one file stays as it is.
 
-    Parts follow each other by the ends of their requests. So rows that are scheduled before all that is in later parts
-    are in their place, and what is held meanwhile are about as many rows as requests were in flight.
-    Raises `RunError` when a part is damaged.
+    `table`: `requests`, or `warmup`, which is like it.
+
+    Parts are taken up by the first of their rows. So rows that are scheduled before all that is in later parts are in
+    their place, and what is held meanwhile are the rows of parts that reach across one moment: as many as ended while
+    the longest of their requests was in flight, however long the run. Raises `RunError` when a part is damaged.
     """
-    folder = run_dir / "requests.parquet"
+    folder = run_dir / f"{table}.parquet"
     if not folder.is_dir() or not any(folder.glob("*-*.parquet")):
         return
-    groups = sorted(row_groups(run_dir, "requests", "scheduled_ns"), key=_number)
-    whole = run_dir / ".requests.whole.parquet"
+    groups = sorted(row_groups(run_dir, table, "scheduled_ns"), key=_first_ns)
+    whole = run_dir / f".{table}.whole.parquet"
     with _Writer(whole) as writer:
-        lows = [group.low if group.low is not None else 0 for group in groups]
-        later = [*list(accumulate(reversed(lows), min))[::-1][1:], None]  # the least of all later parts
-        held: pl.DataFrame | None = None
-        for group, bound in zip(groups, later, strict=True):
-            rows = read_group(group, "requests", _columns(group))
-            held = rows if held is None else pl.concat([held, rows], how="diagonal_relaxed")
-            if bound is None:
-                writer.add(held)
-            else:
-                placed = pl.col("scheduled_ns") < bound
-                writer.add(held.filter(placed))
-                held = held.filter(~placed)
+        held: list[pl.DataFrame] = []
+        for group, later in zip_longest(groups, groups[1:]):
+            held.append(read_group(group, table, _columns(group)))
+            if later is not None:
+                rows, placed = _concat(held), pl.col("scheduled_ns") < _first_ns(later)
+                writer.add(rows.filter(placed))
+                held = [rows.filter(~placed)]
+        writer.add(_concat(held))
     # A folder and a file cannot share a name: the file is written beside it, the folder moved away, the file renamed.
-    aside = run_dir / ".requests.parts"
+    aside = run_dir / f".{table}.parts"
     folder.rename(aside)
     whole.replace(folder)
     shutil.rmtree(aside)
 
 
-def _number(group: RowGroup) -> tuple[str, str, int]:
-    """Parts of the same second stand beside each other, whichever worker's they are."""
-    name, _, number = group.path.stem.rpartition("-")
-    return number, name, group.number
+def _first_ns(group: RowGroup) -> int:
+    """When the first of its rows was scheduled."""
+    return group.low or 0
+
+
+def _concat(frames: Sequence[pl.DataFrame]) -> pl.DataFrame:
+    """Rows of parts, which may differ in optional columns."""
+    return pl.concat(frames, how="diagonal_relaxed")
 
 
 def _columns(group: RowGroup) -> Sequence[str]:
@@ -72,12 +75,16 @@ class _Writer:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:
-            self._write()
-        if self._writer is not None:
-            self._writer.close()
-        if kind is not None:
-            self._path.unlink(missing_ok=True)
+        whole = False
+        try:
+            if kind is None:
+                self._write()
+            if self._writer is not None:
+                self._writer.close()
+            whole = kind is None
+        finally:
+            if not whole:
+                self._path.unlink(missing_ok=True)
 
     def add(self, rows: pl.DataFrame) -> None:
         """Take rows that come before all that are added later."""
@@ -87,7 +94,7 @@ class _Writer:
             self._write()
 
     def _write(self) -> None:
-        rows = pl.concat(self._rows, how="diagonal_relaxed").sort("scheduled_ns", "request_id", maintain_order=True)
+        rows = _concat(self._rows).sort("scheduled_ns", "request_id", maintain_order=True)
         self._rows, self._bytes = [], 0
         table: pa.Table = rows.to_arrow(compat_level=pl.CompatLevel.oldest())
         if self._writer is None:

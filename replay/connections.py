@@ -23,7 +23,8 @@ class Connection:
     """One connection and the request on it."""
 
     __slots__ = (
-        "body", "events", "fd", "idle_ns", "job", "opened_for", "pending", "ready", "receive", "response", "sock",
+        "body", "events", "fd", "idle_ns", "job", "opened_for", "pending", "ready", "receive", "response", "server",
+        "sock",
     )  # fmt: skip
 
     job: Job | None  # None: idle
@@ -31,7 +32,8 @@ class Connection:
     events: EventStream
     body: list[bytes]  # of an answer that is no stream
 
-    def __init__(self, sock: socket.socket, *, ready: bool) -> None:
+    def __init__(self, sock: socket.socket, server: "Server", *, ready: bool) -> None:
+        self.server = server
         self.sock, self.fd, self.receive = sock, sock.fileno(), sock.recvmsg
         self.ready = ready  # connected
         self.idle_ns = now_ns()
@@ -58,6 +60,7 @@ class Server:
         parts = urlsplit(url)
         assert parts.hostname is not None
         self.in_flight = 0
+        self.answered = False  # whether anything has come from it
         self._epoll = epoll
         self._idle: list[Connection] = []  # the longest idle first
         self._stamps = True
@@ -91,7 +94,7 @@ class Server:
         except BaseException:
             sock.close()
             raise
-        return Connection(sock, ready=ready)
+        return Connection(sock, self, ready=ready)
 
     def take(self) -> Connection | None:
         """An idle connection, the one used last of those that stand already; None where there is none."""

@@ -2,8 +2,8 @@
 
 import os
 import resource
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +18,7 @@ GENERAL_SHARE = 3.0  # times the fast path's CPU time: 1.6 at 200 requests/s, an
 _TOKEN_S = 0.05  # taken for a server's time between two tokens, where streams are counted before a run
 _WINDOW_NS = 10**9
 _SPARE_FILES = 128  # descriptors beside the streams: the log, pipes, connections opened ahead
+_SLICE_ROWS = 1 << 16  # written at once
 _DTYPE = np.dtype(
     {
         "names": ["request_id", "arrival", "think", "parent", "input", "output", "priority", "hashes", "instance"],
@@ -64,8 +65,9 @@ def check_descriptors(trace: pl.DataFrame, workers: int, max_concurrency: int | 
         return
     streams = min(peak_load(trace)[1], max_concurrency or np.inf) / workers
     if streams + _SPARE_FILES > hard:
+        where = f" in each of {workers} workers" if workers > 1 else ""
         raise ReplayError(
-            f"about {streams:,.0f} streams at once are expected in each of {workers} workers, and a process may open "
+            f"about {streams:,.0f} streams at once are expected{where}, and a process may open "
             f"{hard:,} files here: raise that (ulimit -n, LimitNOFILE), or use more --workers or --max-concurrency"
         )
 
@@ -76,33 +78,42 @@ def cut(trace: pl.DataFrame, routes: npt.NDArray[np.int64], workers: int, run_di
     With `think_time` all turns of a session go to where its first one goes, for each waits for the one before.
     """
     (run_dir / FOLDER).mkdir(exist_ok=True)
-    rows = np.zeros(trace.height, _DTYPE)
-    hashes = trace["prefix_hashes"] if "prefix_hashes" in trace.columns else None
-    counts = 0 if hashes is None else hashes.list.len().fill_null(0).to_numpy()
-    columns: dict[str, Any] = {
-        "request_id": trace["request_id"].to_numpy(),
-        "arrival": trace["arrival_ns"].to_numpy(),
-        "input": trace["input_tokens"].to_numpy(),
-        "output": trace["output_tokens"].to_numpy(),
-        "think": NONE,
-        "priority": trace["priority"].fill_null(0).to_numpy() if "priority" in trace.columns else 0,
-        "hashes": counts,
-        "instance": routes,
-    }
-    if think_time and {"parent_id", "think_ns"} <= set(trace.columns):
+    turns = think_time and {"parent_id", "think_ns"} <= set(trace.columns)
+    if turns:
         here = trace["parent_id"].is_in(trace["request_id"].implode())
-        columns["parent"] = trace["parent_id"].fill_null(0).to_numpy()
-        columns["think"] = trace.select(pl.when(here).then(pl.col("think_ns")).fill_null(NONE)).to_series().to_numpy()
-    for name, values in columns.items():
-        rows[name] = values
+        trace = trace.with_columns(pl.when(here).then(pl.col("think_ns")).fill_null(NONE))
     whose = _whose(trace, workers, think_time=think_time)
-    for worker in range(workers):
-        mine = whose == worker
-        shard_path(run_dir, worker).write_bytes(rows[mine].tobytes())
-        own = b""
-        if hashes is not None:
-            own = hashes.filter(pl.Series(mine)).explode().drop_nulls().to_numpy().astype("<u8").tobytes()
-        hashes_path(run_dir, worker).write_bytes(own)
+    with ExitStack() as stack:
+        files = [
+            [stack.enter_context(path(run_dir, worker).open("wb")) for path in (shard_path, hashes_path)]
+            for worker in range(workers)
+        ]
+        for at in range(0, trace.height, _SLICE_ROWS):
+            part = trace[at : at + _SLICE_ROWS]
+            rows = _rows(part, routes[at : at + _SLICE_ROWS], turns=turns)
+            for worker, (shard, hashes) in enumerate(files):
+                mine = whose[at : at + _SLICE_ROWS] == worker
+                shard.write(rows[mine].tobytes())
+                if "prefix_hashes" in part.columns:
+                    own = part["prefix_hashes"].filter(pl.Series(mine)).explode().drop_nulls()
+                    hashes.write(own.to_numpy().astype("<u8").tobytes())
+
+
+def _rows(trace: pl.DataFrame, routes: npt.NDArray[np.int64], *, turns: bool) -> npt.NDArray[np.void]:
+    """The rows of shards that some rows of a trace are; `turns`: of which some wait for others."""
+    rows = np.zeros(trace.height, _DTYPE)
+    for name, column in (
+        ("request_id", "request_id"), ("arrival", "arrival_ns"), ("input", "input_tokens"), ("output", "output_tokens")
+    ):  # fmt: skip
+        rows[name] = trace[column].to_numpy()
+    rows["think"], rows["instance"] = NONE, routes
+    if turns:
+        rows["think"], rows["parent"] = trace["think_ns"].to_numpy(), trace["parent_id"].fill_null(0).to_numpy()
+    if "priority" in trace.columns:
+        rows["priority"] = trace["priority"].fill_null(0).to_numpy()
+    if "prefix_hashes" in trace.columns:
+        rows["hashes"] = trace["prefix_hashes"].list.len().fill_null(0).to_numpy()
+    return rows
 
 
 def _whose(trace: pl.DataFrame, workers: int, *, think_time: bool) -> npt.NDArray[np.int64]:

@@ -15,7 +15,7 @@ from replay.http1 import HttpError
 from replay.reqlog import RequestLog
 from replay.shards import read_rows
 from replay.stamps import ANCILLARY_BYTES, ArrivalClock
-from replay.stream import Record, shorten, take_whole
+from replay.stream import Record, network_error, shorten, take_whole
 from replay.tally import Tally
 from replay.timerfd import NS_PER_MS, NS_PER_S, TimerFd, now_ns
 from replay.workload import FOREVER_NS, Config, Job, RateLimit, Workload
@@ -211,7 +211,7 @@ class FastPath:
             try:
                 connection = self._pool.open(server)
             except OSError as error:
-                self._conclude(job, "connect_error", _why(error))
+                self._conclude(job, "connect_error", network_error(error, answered=server.answered))
                 return
             connection.opened_for = job
         connection.ask(job, server.request(self._config.name(job.record.request_id), job.body))
@@ -235,7 +235,7 @@ class FastPath:
         except BlockingIOError:
             count = 0
         except OSError as error:
-            self._lose(connection, _why(error))
+            self._lose(connection, network_error(error, answered=connection.server.answered))
             return
         if job.body and len(pending) > len(job.body):  # its beginning: now it leaves
             job.record.sent_ns = begun_ns
@@ -263,7 +263,7 @@ class FastPath:
         except BlockingIOError:
             return now_ns()
         except OSError as error:
-            self._lose(connection, _why(error))
+            self._lose(connection, network_error(error, answered=connection.server.answered))
             return now_ns()
         read_ns = at_ns = now_ns()
         if self._sound:
@@ -284,10 +284,11 @@ class FastPath:
         try:
             body = response.feed(data)
         except HttpError as error:
-            self._fail(connection, str(error), at_ns)
+            self._give_up(connection, "http_error" if record.headers_ns is None else "stream_error", str(error), at_ns)
             return
         if record.headers_ns is None and response.status is not None:
             record.headers_ns, record.http_status = at_ns, response.status
+            connection.server.answered = True
             connection.sent_whole()
         if not body:
             pass
@@ -343,10 +344,15 @@ class FastPath:
             self._fail(connection, why, at_ns)
 
     def _fail(self, connection: Connection, why: str, at_ns: int | None = None) -> None:
-        """Give the connection up, and with it the request on it."""
+        """The connection broke for good."""
+        begun = connection.job is not None and connection.job.record.headers_ns is not None
+        self._give_up(connection, "stream_error" if begun else "connect_error", why, at_ns)
+
+    def _give_up(self, connection: Connection, status: str, why: str, at_ns: int | None) -> None:
+        """Close the connection, and end the request on it."""
         self._pool.close(connection)
         if (job := connection.job) is not None:
-            self._conclude(job, "connect_error" if job.record.headers_ns is None else "stream_error", why, at_ns)
+            self._conclude(job, status, why, at_ns)
 
     def _conclude(self, job: Job, status: str, why: str, at_ns: int | None = None) -> None:
         self._settle(job, status, why, now_ns() if at_ns is None else at_ns)
@@ -387,8 +393,3 @@ class FastPath:
                 break
             self._pool.close(connection)
             self._conclude(job, "timeout", f"no end within {self._config.request_timeout_s} s")
-
-
-def _why(error: OSError) -> str:
-    """A network error in a line."""
-    return f"{type(error).__name__}: {error}"

@@ -11,8 +11,9 @@ from replay import verdicts
 from replay.compaction import compact_requests
 from replay.counters import Window
 from replay.engines.base import Engine
-from replay.rundir import REQUESTS, TABLES, compact, has_table, scan_table, write_manifest
-from replay.summary import stretches
+from replay.rundir import Run, compact, has_table, table_batches, write_manifest
+from replay.summary import measured, rows_of, stretches
+from replay.tables import TABLES
 from tracegen.errors import RunError
 from tracegen.schema import write_parquet
 
@@ -24,6 +25,19 @@ _SORT = {
     "cpu_energy": ["t_ns", "domain"],
     "server_metrics": ["t_ns"],
 }
+_JUDGED = {
+    "requests": [
+        "request_id", "scheduled_ns", "sent_ns", "first_token_ns", "done_ns", "input_tokens", "output_tokens",
+        "output_tokens_wanted", "cached_tokens", "status", "http_status", "error",
+    ],
+    "trace": ["request_id", "input_tokens"],
+    "steps": ["instance", "step"],
+    "segments": ["request_id", "first_step", "last_step", "tokens_per_step"],
+    "power": [
+        "t_ns", "gpu", "power_instant_mw", "power_average_mw", "energy_mj", "sm_clock_mhz", "throttle_reasons"
+    ],
+}  # fmt: skip
+_TIMES = ["scheduled_ns", "sent_ns", "first_token_ns", "done_ns"]
 _ALIKE = ["instance", "request_id", "kind", "tokens_per_step"]
 
 
@@ -33,7 +47,8 @@ def finish_run(run_dir: Path, manifest: dict[str, Any], engine: Engine, late_ns:
     `manifest["state"]` becomes `complete`, unless it says that the run was interrupted or failed. `late_ns` are the
     event loop's delays.
     """
-    compact_requests(run_dir)
+    for table in ("requests", "warmup"):
+        compact_requests(run_dir, table)
     for table in TABLES:
         compact(run_dir, table, sort_by=_SORT.get(table, []), merge=merge_segments if table == "segments" else None)
     # An engine that died took its last steps along, and with them what they truly cost.
@@ -91,28 +106,36 @@ def _within(column: str, windows: Sequence[Window]) -> pl.Expr:
 def judge(run_dir: Path, manifest: dict[str, Any], late_ns: Sequence[int]) -> list[verdicts.Verdict]:
     """Every verdict on the run in `run_dir`; where it was resumed and a pause would tell, on its worst stretch."""
 
-    def table(name: str, columns: Sequence[str] | None = None) -> pl.DataFrame | None:
-        return scan_table(run_dir, name, columns).collect() if has_table(run_dir, name) else None
+    def table(name: str) -> pl.DataFrame | None:
+        if not has_table(run_dir, name):
+            return None
+        columns = _JUDGED[name]  # and no more: of lists and texts a run can have more than fits into memory
+        batches = [TABLES[name].to_frame().select(columns), *table_batches(run_dir, name, columns)]
+        texts = pl.col(pl.String).cast(pl.Categorical)  # a few, each many times
+        return pl.concat([batch.with_columns(texts) for batch in batches])
 
-    requests, trace, power = table("requests", list(REQUESTS)), table("trace"), table("power")
+    requests, trace, power = table("requests"), table("trace"), table("power")
     if requests is None or trace is None:
         raise RunError(f"{run_dir}: no request was recorded")
-    windows = stretches(manifest, None)
+    windows = measured(manifest, None) or stretches(manifest, None)  # of one that ended in its warm-up, that
     gpus, freq_mhz = manifest["gpus"], manifest["instances"][0]["freq_mhz"]
     serving = [gpu for entry in manifest["instances"] for gpu in entry["gpus"]]
     mine = [gpu for gpu in gpus if gpu["gpu"] in serving]
     before, after = ([gpu.get(key, {}) for gpu in mine] for key in ("idle_power_w", "idle_power_after_w"))
     arguments = manifest["arguments"]
+    capped = arguments["max_concurrency"] is not None or arguments["max_rate_rps"] is not None
     during = None if power is None else power.filter(_within("t_ns", windows))
     each = [requests.filter(_within("sent_ns", [window])) for window in windows] if len(windows) > 1 else [requests]
     return [
-        verdicts.error_rate(requests, trace.height),
+        verdicts.error_rate(
+            requests.select("status", "http_status", "error"), trace.height - rows_of(Run(run_dir, manifest), "warmup")
+        ),
         verdicts.open_loop(arguments["max_concurrency"], arguments["max_rate_rps"]),
         verdicts.dispatch_lag(requests),
         verdicts.loop_stall(late_ns),
         verdicts.clock_offset(manifest["hosts"], manifest["clock_anchors"]),
-        verdicts.lengths_exact(requests, trace),
-        verdicts.worst([verdicts.saturated(sent) for sent in each]),
+        verdicts.lengths_exact(requests.drop(_TIMES), trace),
+        verdicts.worst([verdicts.saturated(sent, capped=capped) for sent in each]),
         verdicts.steps_complete(table("steps"), table("segments"), requests),
         verdicts.clocks_held(during, serving, freq_mhz, _held_mhz(manifest)),
         verdicts.worst([verdicts.sensor_alive(power, serving, *window) for window in windows]),

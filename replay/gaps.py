@@ -15,7 +15,7 @@ _SHIFT = 52 - 9  # of a double's 52 bits of mantissa 9 tell the cell
 _LOWEST_NS, _HIGHEST_NS = 2.0**10, 2.0**47  # below a microsecond is no time between tokens; above 39 h none is awaited
 _FIRST = int(np.float64(_LOWEST_NS).view(np.int64) >> _SHIFT)
 _CELLS = int(np.float64(_HIGHEST_NS).view(np.int64) >> _SHIFT) - _FIRST + 1
-_ROWS = 1 << 9  # requests whose chunks are unrolled at once
+_UNROLLED = 1 << 16  # chunks at once: a few MiB
 
 
 class GapHistogram:
@@ -29,7 +29,9 @@ class GapHistogram:
 
         A chunk of n tokens ends n equal gaps, one without tokens none.
         """
-        for rows in requests.select(CHUNK_COLUMNS).with_row_index("row").iter_slices(_ROWS):
+        chunks = int(requests["chunk_ns"].list.len().sum()) or 1
+        height = max(1, requests.height * _UNROLLED // chunks)
+        for rows in requests.select(CHUNK_COLUMNS).with_row_index("row").iter_slices(height):
             flat = rows.filter(pl.col("chunk_ns").list.len() == pl.col("chunk_tokens").list.len())
             flat = flat.explode(CHUNK_COLUMNS, empty_as_null=False).filter(pl.col("chunk_tokens") > 0).drop_nulls()
             row, tokens = flat["row"].to_numpy(), flat["chunk_tokens"].to_numpy().astype(np.int64)

@@ -7,8 +7,17 @@ _LINE_LIMIT = 1 << 12  # of a chunk's size and its extensions
 _Place = Literal["head", "size", "chunk", "trailer", "length", "close"]
 
 
+_SHOWN_BYTES = 40  # of what came instead of HTTP: a protocol says who it is in its first words
+
+
 class HttpError(Exception):
     """Bytes that are no HTTP/1.1 response."""
+
+
+def not_http(data: bytes) -> str:
+    """What to say of an answer that begins with `data` and is no HTTP."""
+    first = data.splitlines()[0] if data.strip() else data
+    return f"not HTTP: {first[:_SHOWN_BYTES]!r}"
 
 
 class Response:
@@ -92,7 +101,7 @@ class Response:
         if len(data) > limit:
             raise HttpError("a line without an end")
         if self._place == "head" and not b"HTTP/1.".startswith(data[:7]):
-            raise HttpError("the answer is no HTTP/1.1")
+            raise HttpError(not_http(data))
         self._rest = data
 
     def _chunk(self, data: bytes, body: list[bytes]) -> bytes:
@@ -115,7 +124,7 @@ class Response:
         version, _, rest = first.partition(b" ")
         code = rest[:3]
         if not version.startswith(b"HTTP/1.") or not code.isdigit():
-            raise HttpError("the answer is no HTTP/1.1")
+            raise HttpError(not_http(head))
         if code.startswith(b"1"):  # 100 Continue and the like: the answer is still to come
             return
         headers = {}

@@ -12,14 +12,15 @@ from typing import TYPE_CHECKING, Protocol, Self
 from rich.console import Console, RenderableType
 from rich.live import Live
 
-from replay.clock import NS_PER_S, now_ns
-from replay.dashboard import History, number, pair, render
+from replay.clock import NS_PER_MS, NS_PER_S, now_ns
+from replay.dashboard import History, number, render
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 _PLAIN_PERIOD_NS = 5 * NS_PER_S
 _LIVE_PERIOD_NS = NS_PER_S // 2
+LINE = 160  # columns of a line of a log
 _LEAVE_S = 2.0  # how long a terminal that stands still is waited for at the end
 
 
@@ -79,24 +80,27 @@ def open_progress(*, quiet: bool) -> Progress:
     return LiveProgress() if sys.stderr.isatty() else PlainProgress()
 
 
-def cells(snapshot: Snapshot) -> list[tuple[str, str]]:
-    """The figures of `snapshot` as (name, text) pairs, for a line."""
+def line(snapshot: Snapshot) -> str:
+    """The figures of `snapshot` as one line of a log, at most `LINE` columns."""
     s = snapshot
-    waiting = ", waiting for answers" if s.elapsed_ns > s.planned_ns and s.sent == s.planned else ""
-    return [
-        ("time", f"{min(s.elapsed_ns, s.planned_ns) / NS_PER_S:.0f} / {s.planned_ns / NS_PER_S:.0f} s{waiting}"),
-        ("sent", f"{s.sent:,} / {s.planned:,}"),
-        ("in flight", f"{s.sent - s.ended:,}"),
-        ("errors", f"{s.errors:,}"),
-        ("rate", f"{number(s.sent_rps, 1)} of {number(s.target_rps, 1)} requests/s"),
-        ("lag", pair(s.lag_p50_ns, s.lag_p99_ns)),
-        ("TTFT", pair(s.ttft_p50_ns, s.ttft_p99_ns)),
-        ("TBT", pair(s.tbt_p50_ns, s.tbt_p99_ns)),
-        ("output", f"{number(s.output_tokens_per_s)} tokens/s"),
-        ("power", f"{number(s.watts)} W"),
-        ("energy", f"{number(s.joules_per_token, 2)} J/token"),
-        ("SM clock", f"{number(s.clock_mhz)} MHz"),
+    at_s, of_s = min(s.elapsed_ns, s.planned_ns) / NS_PER_S, s.planned_ns / NS_PER_S
+    waiting = s.elapsed_ns > s.planned_ns and s.sent == s.planned
+    figures = [
+        "all sent" if waiting else f"{at_s:.0f}/{of_s:.0f} s",
+        f"{s.sent:,}/{s.planned:,} sent",
+        f"{s.sent - s.ended:,} in flight",
+        f"{s.errors:,} errors",
+        f"{number(s.sent_rps, 1)}/s",
+        f"p99 lag {_ms(s.lag_p99_ns)}, TTFT {_ms(s.ttft_p99_ns)}, TBT {_ms(s.tbt_p99_ns)} ms",
+        f"{number(s.output_tokens_per_s)} tokens/s",
+        f"{number(s.watts)} W",
     ]
+    return "  ".join(figures)
+
+
+def _ms(ns: float | None) -> str:
+    """A time in ms, without a decimal from 100 on; a dash where nothing was measured."""
+    return number(None if ns is None else ns / NS_PER_MS, 0 if ns is not None and ns >= 100 * NS_PER_MS else 1)
 
 
 class LiveProgress:
@@ -206,7 +210,7 @@ class PlainProgress:
         """Print the figures, not more often than every five seconds."""
         if now_ns() >= self._next_ns:
             self._next_ns = now_ns() + _PLAIN_PERIOD_NS
-            self.say("  ".join(f"{name} {text}" for name, text in cells(snapshot)))
+            self.say(line(snapshot))
 
 
 class QuietProgress:

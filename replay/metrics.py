@@ -10,7 +10,8 @@ import polars as pl
 
 from replay.clock import NS_PER_S, now_ns
 from replay.records import finish_in_thread
-from replay.rundir import SERVER_METRICS, PartWriter
+from replay.rundir import PartWriter
+from replay.tables import SERVER_METRICS
 
 _PERIOD_S = 1.0
 # name{labels} value, as in the Prometheus text format; comments and timestamps are not needed here.

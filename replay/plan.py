@@ -9,25 +9,23 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import polars as pl
 
 from replay.cut import ramped
 from replay.engines.model_size import weights_mib
 from replay.engines.vllm import DEFAULT_MODEL, check_arguments, check_version, inspect_vllm, vllm_installed
 from replay.gpu.base import open_gpus
+from replay.router import ROUTERS
 from replay.sim.arguments import capped, with_arguments
 from replay.sim.models import DEFAULT_MODEL as DEFAULT_SIM_MODEL
 from replay.sim.profile import DEFAULT_HARDWARE, Profile, load_profile
-from tracegen.durations import NS_PER_S
+from tracegen.durations import NS_PER_S, format_duration
 from tracegen.errors import GpuError, ReplayError
 from tracegen.schema import TRACE, read_metadata, read_trace
 
 _VLLM_WARMUPS = 8  # one for each of the trace's octiles of input length
 OVERLONG = ("refuse", "drop", "clip")
 ENDPOINTS = ("completions", "chat")
-ROUTERS = ("session", "round-robin", "least-loaded")
-LEAST_LOADED = -1  # in place of an instance: whichever has the least to do when the request comes
 POWER = ("nvml", "csv:FILE", "prometheus:URL")
 
 
@@ -62,6 +60,7 @@ class RunOptions:
     num_prompts: int | None = None
     time_scale: float = 1.0  # times this much the trace's distances
     ramp_ns: int = 0  # from no load to the trace's own rate
+    warmup_ns: int = 0  # what is due within it is sent and not measured
     overlong: str = "refuse"
     exact: bool = True
     max_concurrency: int | None = None
@@ -109,6 +108,8 @@ def make_plan(options: RunOptions) -> Plan:
     _check_values(options)
     # In virtual time the trace is read in batches, while it is served.
     trace = TRACE.to_frame() if options.virtual else _slice(read_trace(options.trace), options)
+    if not options.virtual:
+        _check_for_trace(options, trace)
     hashed = options.virtual or "prefix_hashes" in trace.columns
     block_tokens = read_metadata(options.trace).get("block_tokens", 0) if hashed else 0
     engine, why = _choose_engine(options)
@@ -199,6 +200,7 @@ def _check_virtual(options: RunOptions) -> None:
         ("--think-time", options.think_time, loop),
         ("--time-scale", options.time_scale != 1, "'tracegen' makes such a trace"),
         ("--ramp", options.ramp_ns, "'tracegen' makes such a trace"),
+        ("--warmup", options.warmup_ns, "nothing warms up there; 'analysis latency --steady' leaves the beginning out"),
         ("--endpoint", options.endpoint != RunOptions.endpoint, server),
         ("--no-stream", not options.stream, server),
         ("--port", options.port, server),
@@ -284,6 +286,33 @@ def _slice(trace: pl.DataFrame, options: RunOptions) -> pl.DataFrame:
     return trace.with_columns(pl.Series("arrival_ns", arrival_ns))
 
 
+def _check_for_trace(options: RunOptions, trace: pl.DataFrame) -> None:
+    """Raise `ReplayError` for an option that means nothing to `trace`, the part that is to be replayed."""
+    last_ns = int(trace["arrival_ns"][-1]) if trace.height else 0
+    if options.warmup_ns > last_ns:
+        raise ReplayError(
+            f"--warmup {format_duration(options.warmup_ns)}: the last request is due after {format_duration(last_ns)}, "
+            "so nothing would be measured; give a shorter one"
+        )
+    if options.ramp_ns > last_ns:
+        raise ReplayError(
+            f"--ramp {format_duration(options.ramp_ns)}: the last request is due after {format_duration(last_ns)}, "
+            "before the rate is the trace's own; give a shorter one"
+        )
+    if options.think_time and not _has_turns(trace):
+        raise ReplayError(
+            f"{options.trace}: no request waits for another (columns parent_id and think_ns), so --think-time would "
+            "change nothing; leave it out"
+        )
+
+
+def _has_turns(trace: pl.DataFrame) -> bool:
+    """Whether a request of `trace` comes so long after the end of another one."""
+    if not {"parent_id", "think_ns"} <= set(trace.columns):
+        return False
+    return trace.filter(pl.col("parent_id").is_not_null() & pl.col("think_ns").is_not_null()).height > 0
+
+
 def _choose_engine(options: RunOptions) -> tuple[str, str]:
     """The engine and, for the first line of output, why."""
     asked = options.engine
@@ -364,35 +393,6 @@ def too_long_error(
     if overlong == "drop":
         return ReplayError(f"every request is longer than the model's {max_model_len} tokens; nothing is left to send")
     return ReplayError(
-        f"{count} of {requests} requests are longer than the model's {max_model_len} tokens (request_id "
+        f"{count:,} of {requests:,} requests are longer than the model's {max_model_len} tokens (request_id "
         f"{first['request_id']}: {first['input_tokens']} + {first['output_tokens']}); use --overlong drop or clip"
     )
-
-
-class Router:
-    """Says to which instance each request of a trace goes, batch after batch."""
-
-    def __init__(self, rule: str, instances: int) -> None:
-        """`rule`: one of `ROUTERS`.
-
-        `session`: in turn, but all requests of a session to where its first one went. `round-robin`: in turn.
-        `least-loaded`: `LEAST_LOADED` for all.
-        """
-        self._rule, self._instances = rule, instances
-        self._rows = 0
-        self._sessions: dict[int, int] = {}
-
-    def assign(self, trace: pl.DataFrame) -> npt.NDArray[np.int64]:
-        """The instance of each request of `trace`, which comes after those assigned before."""
-        turn = np.arange(self._rows, self._rows + trace.height) % self._instances
-        self._rows += trace.height
-        if self._rule == "least-loaded":
-            return np.full(trace.height, LEAST_LOADED)
-        if self._rule == "round-robin" or "session_id" not in trace.columns:
-            return turn
-        turns = pl.DataFrame({"session": trace["session_id"], "turn": turn})
-        for session, first in turns.drop_nulls().unique("session", keep="first", maintain_order=True).iter_rows():
-            self._sessions.setdefault(session, first)
-        here = {session: self._sessions[session] for session in turns["session"].drop_nulls().unique()}
-        theirs = pl.col("session").replace_strict(here, default=None, return_dtype=pl.Int64)
-        return turns.select(pl.coalesce(theirs, "turn")).to_series().to_numpy()

@@ -31,6 +31,8 @@ from replay.plan import Plan
 from replay.rundir import scan_table, write_manifest
 from replay.steplog import StepFollower
 from replay.warmup import warm_up
+from tracegen.console import plural
+from tracegen.durations import format_duration
 from tracegen.errors import GpuError, ReplayError
 
 if TYPE_CHECKING:  # the simulator's compiled loops take 70 MiB, which a real engine's load client does not need
@@ -272,9 +274,11 @@ def run_prefix(manifest: dict[str, Any]) -> str:
 async def settle(plan: Plan, prepared: Prepared, progress: Progress, salt: int) -> None:
     """Warm the servers up and measure idle power."""
     if plan.warmups:
-        progress.status(f"warming up with {plan.warmups} requests an instance")
+        progress.status(f"warming up with {plural(plan.warmups, 'request')} an instance")
         await warm_up(plan, prepared.served, salt)
         prepared.manifest["warmups"] = plan.warmups * len(prepared.served)
+    if plan.options.warmup_ns:
+        progress.say(f"what is due in the first {format_duration(plan.options.warmup_ns)} is sent, but not measured")
     if prepared.sampler is None:
         return
     if not plan.options.idle_ns:

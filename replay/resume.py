@@ -6,6 +6,7 @@ on after its machine was booted again.
 """
 
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import pairwise
@@ -14,12 +15,15 @@ from typing import Any
 
 import polars as pl
 
-from replay.again import OPTIONS, options_of
+from replay.again import OPTIONS, find_trace, options_of
 from replay.clock import NS_PER_S
+from replay.hold import hold
 from replay.plan import RunOptions
 from replay.records import recover
-from replay.rundir import REQUESTS, TABLES, Run, read_manifest
-from replay.summary import last_on_record, stretches
+from replay.rundir import Run, read_manifest
+from replay.summary import last_on_record, not_begun, stretches
+from replay.tables import REQUESTS, TABLES
+from tracegen.console import plural
 from tracegen.errors import ReplayError
 from tracegen.schema import read_trace, write_parquet
 
@@ -42,7 +46,8 @@ def boot_id() -> str | None:
 def resumed_options(given: RunOptions) -> RunOptions:
     """The options that the run at `given.resume` was begun with, reading what it was to send from its own trace.
 
-    Raises `ReplayError` when `given` asks for anything else, or the run cannot go on.
+    A run that was killed before a request was due begins anew, in the same directory, which is emptied. Raises
+    `ReplayError` when `given` asks for anything else, or the run cannot go on.
     """
     run_dir = given.resume
     assert run_dir is not None
@@ -56,11 +61,31 @@ def resumed_options(given: RunOptions) -> RunOptions:
     if given.output is not None and given.output.resolve() != run_dir.resolve():
         raise ReplayError(f"-o {given.output} with --resume: a run goes on in its own directory, {run_dir}")
     manifest = read_manifest(run_dir)
-    _check(run_dir, manifest)
     begun = options_of(manifest)
+    run = Run(run_dir, manifest)
+    if not_begun(run):
+        return replace(_anew(run, begun), output=run_dir, api_key=given.api_key)
+    _check(run_dir, manifest)
     # The run's own trace was cut when it was begun.
     own = replace(begun, trace=run_dir / "trace.parquet", duration_ns=None, num_prompts=None, time_scale=1.0, ramp_ns=0)
     return replace(own, output=run_dir, resume=run_dir, api_key=given.api_key)
+
+
+def _anew(run: Run, begun: RunOptions) -> RunOptions:
+    """Remove what a run has prepared that was killed before it was measured; its options, with its trace found again.
+
+    Raises `ReplayError` where it still goes on, or its trace is not there.
+    """
+    trace = find_trace(run, begun)
+    if trace is None:
+        raise ReplayError(f"{run.path}: no request was due yet, and {begun.trace} is not there to begin it anew")
+    with hold(run.path):
+        for path in run.path.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+    return replace(begun, trace=trace, resume=None)
 
 
 def _check(run_dir: Path, manifest: Mapping[str, Any]) -> None:
@@ -78,6 +103,7 @@ def _check(run_dir: Path, manifest: Mapping[str, Any]) -> None:
 
 
 UNANSWERED = ("aborted", "connect_error")  # statuses of requests that are sent again
+RECORDED = ("requests", "warmup")  # the tables that have the records of requests
 
 
 @dataclass(frozen=True)
@@ -110,7 +136,7 @@ class TakenUp:
     def news(self) -> str:
         """What is left, for the first line."""
         again = f", {self.unanswered:,} of them sent before and not answered" if self.unanswered else ""
-        return f"going on: {self.recorded:,} requests are on record, {self.remaining.height:,} are left{again}"
+        return f"going on: {plural(self.recorded, 'request')} on record, {self.remaining.height:,} left{again}"
 
 
 def take_up(run_dir: Path) -> TakenUp:
@@ -125,7 +151,8 @@ def take_up(run_dir: Path) -> TakenUp:
     run = Run.open(run_dir)
     trace = read_trace(run_dir / "trace.parquet")
     columns = ["request_id", "status"]
-    record = run.scan("requests", columns).collect() if run.has("requests") else REQUESTS.to_frame().select(columns)
+    records = [run.scan(table, columns).collect() for table in RECORDED if run.has(table)]
+    record = pl.concat([REQUESTS.to_frame().select(columns), *records])
     ended = record.filter(~pl.col("status").is_in(UNANSWERED))["request_id"]
     remaining = trace.filter(~pl.col("request_id").is_in(ended.implode()))
     if remaining.is_empty():
@@ -138,27 +165,39 @@ def take_up(run_dir: Path) -> TakenUp:
             _set_aside(run_dir, table)
     (run_dir / "truth.parquet").unlink(missing_ok=True)  # of a run that had ended: it is computed anew
     again = remaining["request_id"].implode()
-    unanswered = _rewrite(run_dir, "requests", pl.col("status").is_in(UNANSWERED), drop=True)
+    unanswered = sum(_rewrite(run_dir, table, pl.col("status").is_in(UNANSWERED), drop=True) for table in RECORDED)
     for table in ("segments", "arrivals"):
         _rewrite(run_dir, table, pl.col("request_id").is_in(again), drop=False)
     return TakenUp(manifest, remaining, trace.height - remaining.height, unanswered, first_steps, counters)
 
 
-def begin_stretch(manifest: dict[str, Any], start_ns: int) -> None:
-    """Note in `manifest` that requests are sent from `start_ns` on."""
+def begin_stretch(manifest: dict[str, Any], start_ns: int, warm_ns: int = 0) -> int:
+    """Note in `manifest` that requests are sent from `start_ns` on; since when they are measured.
+
+    That is from `warm_ns` on, the end of the warm-up, unless a stretch before has come to what is measured.
+    """
     mine = {"start_ns": start_ns, "end_ns": None, "boot_id": boot_id()}
     before = manifest.get("stretches", [])
     manifest |= {"state": "running", "stretches": [*before, mine]}
-    manifest.setdefault("measure_start_ns", start_ns)
+    measured = [stretch for stretch in before if stretch["end_ns"] > manifest["measure_start_ns"]]
+    if not measured:
+        manifest["measure_start_ns"] = max(start_ns, warm_ns)
     if before:
-        manifest["paused_s"] = _paused_s(manifest["stretches"])
+        manifest["paused_s"] = _paused_s([*measured, mine])
+    return int(manifest["measure_start_ns"])
 
 
 def end_stretch(manifest: Mapping[str, Any], end_ns: int) -> dict[str, Any]:
-    """What of the manifest changes when the stretch that was begun ends, at `end_ns` or as soon as it had begun."""
+    """What of the manifest changes when the stretch that was begun ends, at `end_ns` or as soon as it had begun.
+
+    A run that ends within its warm-up has measured nothing: its window is empty.
+    """
     *before, mine = manifest["stretches"]
     end_ns = max(end_ns, mine["start_ns"] + 1)
-    return {"measure_end_ns": end_ns, "stretches": [*before, {**mine, "end_ns": end_ns}]}
+    start_ns = min(manifest["measure_start_ns"], end_ns)
+    return {
+        "measure_start_ns": start_ns, "measure_end_ns": end_ns, "stretches": [*before, {**mine, "end_ns": end_ns}]
+    }  # fmt: skip
 
 
 def closed(run: Run) -> list[dict[str, Any]]:

@@ -1,7 +1,7 @@
 """The run directory: its tables and manifest, written part by part, readable at any moment.
 
 While a run goes on a table is a folder `NAME.parquet/part-*.parquet`; `compact` makes it one file at the end.
-A reader sees the same rows either way. Only this module is seen by `analysis`.
+A reader sees the same rows either way. Of `replay`, `analysis` sees this module and `replay.tables`.
 """
 
 import json
@@ -11,169 +11,22 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from replay.tables import TABLES, check_table
 from tracegen.errors import RunError
-from tracegen.schema import TRACE, TRACE_OPTIONAL, write_parquet
+from tracegen.schema import write_parquet
 
 SCHEMA_VERSION = "1.0"
 MANIFEST = "manifest.json"
 _PARTS = "*-*.parquet"  # one that is still being written ends otherwise
+_MAGIC = b"PAR1"  # what a Parquet file ends with
+_ENDED = ("complete", "interrupted", "failed")  # states of a run whose tables nobody writes any more
 _BATCH_ROWS = 1 << 18
-
-REQUESTS = pl.Schema(
-    {
-        "request_id": pl.UInt64(),
-        "instance": pl.UInt16(),
-        "scheduled_ns": pl.Int64(),
-        "sent_ns": pl.Int64(),
-        "headers_ns": pl.Int64(),
-        "first_token_ns": pl.Int64(),
-        "last_token_ns": pl.Int64(),
-        "done_ns": pl.Int64(),
-        "input_tokens": pl.UInt32(),  # as the server counted
-        "output_tokens": pl.UInt32(),  # as the server counted
-        "output_tokens_wanted": pl.UInt32(),
-        "cached_tokens": pl.UInt32(),
-        "status": pl.String(),
-        "http_status": pl.UInt16(),
-        "error": pl.String(),
-        "worker": pl.UInt16(),
-    }
-)
-REQUESTS_OPTIONAL = pl.Schema({"chunk_ns": pl.List(pl.Int64()), "chunk_tokens": pl.List(pl.UInt16())})
-STATUSES = ("ok", "http_error", "stream_error", "connect_error", "timeout", "aborted", "length_mismatch")
-
-STEPS = pl.Schema(
-    {
-        "instance": pl.UInt16(),
-        "step": pl.UInt64(),
-        "start_ns": pl.Int64(),
-        "end_ns": pl.Int64(),
-        "prefill_tokens": pl.UInt32(),
-        "decode_tokens": pl.UInt32(),
-        "context_tokens": pl.UInt64(),  # sum of the contexts that decode reads, without the step's own tokens
-        "prefill_attention": pl.UInt64(),  # sum over prefill chunks of chunk x (tokens before it + chunk / 2)
-        "requests": pl.UInt32(),
-        "waiting": pl.UInt32(),
-        "kv_usage": pl.Float32(),
-    }
-)
-SEGMENTS = pl.Schema(
-    {
-        "instance": pl.UInt16(),
-        "request_id": pl.UInt64(),  # null: warm-up or not ours
-        "first_step": pl.UInt64(),
-        "last_step": pl.UInt64(),  # inclusive
-        "kind": pl.String(),  # prefill | decode
-        "tokens_per_step": pl.UInt32(),
-        "context_start": pl.UInt32(),  # tokens before first_step
-    }
-)
-ARRIVALS = pl.Schema(
-    {
-        "instance": pl.UInt16(),
-        "request_id": pl.UInt64(),  # null: warm-up or not ours
-        "arrival_ns": pl.Int64(),  # when the engine's scheduler got it
-    }
-)
-POWER = pl.Schema(
-    {
-        "t_ns": pl.Int64(),  # polled
-        "sensor_ns": pl.Int64(),  # when the sensor updated
-        "host": pl.String(),
-        "gpu": pl.UInt16(),  # NVML index
-        "power_instant_mw": pl.UInt32(),
-        "power_average_mw": pl.UInt32(),
-        "energy_mj": pl.UInt64(),
-        "sm_clock_mhz": pl.UInt32(),
-        "mem_clock_mhz": pl.UInt32(),
-        "temperature_c": pl.UInt16(),
-        "utilization": pl.UInt8(),
-        "throttle_reasons": pl.UInt64(),
-    }
-)
-CPU_ENERGY = pl.Schema(
-    {
-        "t_ns": pl.Int64(),
-        "host": pl.String(),
-        "domain": pl.String(),  # package-0, dram-0, ...
-        "energy_uj": pl.UInt64(),  # the counter, its wrap-arounds added up
-    }
-)
-SERVER_METRICS = pl.Schema(
-    {
-        "t_ns": pl.Int64(),
-        "instance": pl.UInt16(),
-        "name": pl.String(),
-        "labels": pl.String(),
-        "value": pl.Float64(),
-    }
-)
-TRUTH = pl.Schema(
-    {
-        "request_id": pl.UInt64(),
-        "energy_j": pl.Float64(),
-        "prefill_j": pl.Float64(),
-        "decode_j": pl.Float64(),
-    }
-)
-
-TABLES: dict[str, pl.Schema] = {
-    "trace": TRACE,
-    "requests": REQUESTS,
-    "steps": STEPS,
-    "segments": SEGMENTS,
-    "arrivals": ARRIVALS,
-    "power": POWER,
-    "cpu_energy": CPU_ENERGY,
-    "server_metrics": SERVER_METRICS,
-    "truth": TRUTH,
-}
-_OPTIONAL: dict[str, pl.Schema] = {"trace": TRACE_OPTIONAL, "requests": REQUESTS_OPTIONAL}
-
-
-def check_table(frame: pl.LazyFrame, table: str, source: Path, columns: Sequence[str] | None = None) -> pl.LazyFrame:
-    """`frame` with the known columns of `table` in their types; unknown columns are kept.
-
-    `columns`: those of the table that `frame` should have; None: all that a table must have.
-    Raises `RunError` naming the file and the column that is missing or of another type.
-    """
-    have = frame.collect_schema()
-    casts = []
-    for name in TABLES[table] if columns is None else columns:
-        if name not in have:
-            raise RunError(f"{source}: column '{name}' is missing; a {table} table has {', '.join(TABLES[table])}")
-    known = {**TABLES[table], **_OPTIONAL.get(table, {})}
-    for name, dtype in known.items():
-        if name not in have or have[name] == dtype:
-            continue
-        if not _convertible(have[name], dtype):
-            raise RunError(f"{source}: column '{name}' is {have[name]}, not {dtype}")
-        casts.append(pl.col(name).cast(dtype))
-    return frame.with_columns(casts) if casts else frame
-
-
-def _convertible(have: pl.DataType, want: pl.DataType) -> bool:
-    """Whether a column written by another program as `have` may be read as `want` without losing its meaning."""
-    if isinstance(have, pl.List) and isinstance(want, pl.List):
-        return _convertible(
-            pl.DataType.from_python(int) if have.inner is None else _dtype(have.inner), _dtype(want.inner)
-        )
-    if have == pl.Null:
-        return True
-    if want == pl.String:
-        return isinstance(have, (pl.Categorical, pl.Enum))
-    return (have.is_integer() and want.is_numeric()) or (have.is_float() and want.is_float())
-
-
-def _dtype(inner: Any) -> pl.DataType:
-    """An inner type as an instance, whichever way it was written."""
-    return inner if isinstance(inner, pl.DataType) else inner()
 
 
 class PartWriter:
@@ -187,13 +40,19 @@ class PartWriter:
         self._prefix = prefix
         self._count = 0
 
-    def append(self, frame: pl.DataFrame, number: int | None = None) -> None:
-        """Write `frame` (with all the table's columns) as the next part, or as part `number`; empty, it writes none."""
-        if frame.is_empty():
+    def append(self, frame: pl.DataFrame | pa.Table, number: int | None = None) -> None:
+        """Write `frame` (with all the table's columns) as the next part, or as part `number`; empty, it writes none.
+
+        A frame's types are checked; an Arrow table is taken to have the right ones.
+        """
+        if not len(frame):
             return
         path = self._folder / f"{self._prefix}-{self._count if number is None else number:06d}.parquet"
-        checked = check_table(frame.lazy(), self._table, path).collect()
-        write_parquet(checked.to_arrow(compat_level=pl.CompatLevel.oldest()), path)
+        if isinstance(frame, pl.DataFrame):
+            frame = (
+                check_table(frame.lazy(), self._table, path).collect().to_arrow(compat_level=pl.CompatLevel.oldest())
+            )
+        write_parquet(frame, path)
         self._count += 1
 
 
@@ -203,12 +62,7 @@ def scan_table(run_dir: Path, table: str, columns: Sequence[str] | None = None) 
     `columns`: read these alone.
     Raises `RunError` when the table is missing, empty of parts, damaged or of another shape.
     """
-    path = run_dir / f"{table}.parquet"
-    if not has_table(run_dir, table):
-        raise RunError(f"{run_dir}: has no table {table}.parquet")
-    if not path.is_dir():
-        return _read_part(path, table, columns).lazy()
-    parts = [_read_part(part, table, columns) for part in sorted(path.glob(_PARTS))]
+    parts = [_read_part(part, table, columns) for part in table_files(run_dir, table)]
     return pl.concat(parts, how="diagonal_relaxed").lazy()  # parts may differ in optional columns
 
 
@@ -225,24 +79,25 @@ def table_batches(run_dir: Path, table: str, columns: Sequence[str]) -> Iterator
     Rows of a part without one of the optional `columns` come without it.
     """
     needed = [name for name in columns if name in TABLES[table]]
-    path = run_dir / f"{table}.parquet"
-    if not has_table(run_dir, table):
-        raise RunError(f"{run_dir}: has no table {table}.parquet")
-    for part in sorted(path.glob(_PARTS)) if path.is_dir() else [path]:
+    for part in table_files(run_dir, table):
         with _reading(part, table), pq.ParquetFile(part, page_checksum_verification=True) as file:
-            for rows in file.iter_batches(_BATCH_ROWS, columns=columns):
-                yield _checked(pa.Table.from_batches([rows]), table, part, needed)
+            for number in range(file.num_row_groups):  # who wrote them knew how large rows are
+                for rows in file.iter_batches(_BATCH_ROWS, [number], columns):
+                    yield _checked(pa.Table.from_batches([rows]), table, part, needed)
 
 
-class RowGroup(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class RowGroup:
     """Some consecutive rows of one file of a table, and what the file's statistics say of them, if anything."""
 
     path: Path
+    file: pq.FileMetaData
     number: int  # which row group of the file
     rows: int
     low: int | None  # least and greatest value of a column
     high: int | None
     full: frozenset[str]  # columns without a null
+    same: Mapping[str, int | str]  # columns with one value in all rows
 
 
 def row_groups(run_dir: Path, table: str, column: str) -> list[RowGroup]:
@@ -250,36 +105,40 @@ def row_groups(run_dir: Path, table: str, column: str) -> list[RowGroup]:
 
     Raises `RunError` when the table is missing or damaged, or has no such column.
     """
-    path = run_dir / f"{table}.parquet"
-    if not has_table(run_dir, table):
-        raise RunError(f"{run_dir}: has no table {table}.parquet")
     groups = []
-    for part in sorted(path.glob(_PARTS)) if path.is_dir() else [path]:
+    for part in table_files(run_dir, table):
         with _reading(part, table), pq.ParquetFile(part) as file:
-            empty = file.schema_arrow.empty_table()
-            check_table(pl.DataFrame(dict(zip(empty.column_names, empty.columns, strict=True))).lazy(), table, part)
+            check_table(pl.Schema(file.schema_arrow).to_frame().lazy(), table, part)  # empty_table() imports pandas
             for number in range(file.num_row_groups):
                 meta = file.metadata.row_group(number)
                 chunks = {chunk.path_in_schema: chunk.statistics for chunk in map(meta.column, range(meta.num_columns))}
-                known = chunks[column]
-                low, high = (known.min, known.max) if known is not None and known.has_min_max else (None, None)
+                known = {name: s for name, s in chunks.items() if s is not None and s.has_min_max}
+                low, high = (known[column].min, known[column].max) if column in known else (None, None)
                 full = frozenset(
                     name for name, s in chunks.items() if s is not None and s.has_null_count and not s.null_count
                 )
-                groups.append(RowGroup(part, number, meta.num_rows, low, high, full))
+                same = {
+                    n: s.min for n, s in known.items() if n in full and type(s.min) in {int, str} and s.min == s.max
+                }
+                groups.append(RowGroup(part, file.metadata, number, meta.num_rows, low, high, full, same))
     return groups
 
 
 def read_group(group: RowGroup, table: str, columns: Sequence[str]) -> pl.DataFrame:
     """The checked rows of one of `row_groups`, of `columns` alone. Raises `RunError` when they are damaged."""
-    with _reading(group.path, table), pq.ParquetFile(group.path, page_checksum_verification=True) as file:
-        return _checked(file.read_row_group(group.number, columns), table, group.path, columns)
+    # What is the same in all rows, as most columns of a host are, need not be read. One is, for a frame to have rows.
+    read = [n for n in columns if n not in group.same] or list(columns[:1])
+    whole = pq.ParquetFile(group.path, metadata=group.file, page_checksum_verification=True)
+    with _reading(group.path, table), whole as file:
+        rows = _checked(file.read_row_group(group.number, read), table, group.path, read)
+    told = [pl.lit(group.same[n], TABLES[table][n]).alias(n) for n in columns if n in group.same and n not in read]
+    return rows.with_columns(told).select(n for n in columns if n in rows.columns or n in group.same)
 
 
 def _checked(arrow: pa.Table, table: str, path: Path, columns: Sequence[str] | None) -> pl.DataFrame:
     """`arrow` as a frame of the right shape."""
     arrow.validate(full=True)
-    frame = pl.DataFrame(dict(zip(arrow.column_names, arrow.columns, strict=True)))
+    frame = pl.DataFrame(arrow)
     return check_table(frame.lazy(), table, path, columns).collect()
 
 
@@ -296,7 +155,32 @@ def _reading(path: Path, table: str) -> Iterator[None]:
 def has_table(run_dir: Path, table: str) -> bool:
     """Whether `run_dir` has at least one readable file of `table`."""
     path = run_dir / f"{table}.parquet"
-    return path.is_file() or (path.is_dir() and any(path.glob(_PARTS)))
+    return path.is_file() or any(map(_whole, path.glob(_PARTS)))
+
+
+def table_files(run_dir: Path, table: str) -> list[Path]:
+    """The files of `table` in the order written, without the parts that a run that has not ended left torn.
+
+    Raises `RunError` where there is none, or a run has ended and has a torn one.
+    """
+    path = run_dir / f"{table}.parquet"
+    if path.is_file():
+        return [path]
+    parts = sorted(path.glob(_PARTS))
+    torn = [part for part in parts if not _whole(part)]
+    if torn and read_manifest(run_dir).get("state") in _ENDED:
+        raise RunError(f"{torn[0]}: not readable as a {table} table (torn), though the run has ended")
+    if len(torn) == len(parts):
+        raise RunError(f"{run_dir}: has no table {table}.parquet")
+    return [part for part in parts if part not in torn]
+
+
+def _whole(part: Path) -> bool:
+    """Whether a file was written to its end."""
+    with part.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(size - len(_MAGIC), 0))
+        return file.read() == _MAGIC
 
 
 def compact(
@@ -332,11 +216,14 @@ def write_manifest(run_dir: Path, manifest: Mapping[str, Any]) -> None:
     path = run_dir / MANIFEST
     partial = run_dir / f".{MANIFEST}.partial"
     text = json.dumps({"schema_version": SCHEMA_VERSION, **manifest}, indent=2, allow_nan=False, default=str)
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(text + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def read_manifest(run_dir: Path) -> dict[str, Any]:
@@ -350,10 +237,12 @@ def read_manifest(run_dir: Path) -> dict[str, Any]:
         raise RunError(f"{run_dir}: has no {MANIFEST}, so it is not a run directory") from None
     except ValueError as error:
         raise RunError(f"{path}: not valid JSON ({error})") from None
-    version = str(manifest.get("schema_version", "")) if isinstance(manifest, dict) else ""
+    if not isinstance(manifest, dict) or "schema_version" not in manifest:
+        raise RunError(f"{path}: has no schema_version, so it is not a run's; a run's says \"{SCHEMA_VERSION}\"")
+    version = str(manifest["schema_version"])
     major = version.partition(".")[0]
-    if not major.isdigit():
-        raise RunError(f"{path}: has no schema_version")
+    if not (major.isascii() and major.isdigit()):
+        raise RunError(f"{path}: key 'schema_version' is {version!r}, not a number as \"{SCHEMA_VERSION}\"")
     if int(major) > int(SCHEMA_VERSION.partition(".")[0]):
         raise RunError(
             f"{path}: schema_version {version} is newer than this program's {SCHEMA_VERSION}; update wattrace"
@@ -386,6 +275,15 @@ class Run:
     def has(self, table: str) -> bool:
         """Whether the run has `table`."""
         return has_table(self.path, table)
+
+    def files(self, table: str) -> list[Path]:
+        """The files of `table` that can be read. Raises `RunError` as `scan` does."""
+        return table_files(self.path, table)
+
+    def torn(self) -> list[str]:
+        """Parts of tables that are left out, for they were not written to their ends."""
+        parts = self.path.glob(f"*.parquet/{_PARTS}")
+        return [f"{part.parent.name}/{part.name}" for part in sorted(parts) if not _whole(part)]
 
     def scan(self, table: str, columns: Sequence[str] | None = None) -> pl.LazyFrame:
         """The rows of `table` (or its `columns` alone), checked. Raises `RunError` when it is missing or wrong."""

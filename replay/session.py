@@ -9,8 +9,9 @@ import contextlib
 import os
 import shutil
 import signal
+from collections.abc import Sequence
 from contextlib import AsyncExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -27,14 +28,16 @@ from replay.hold import hold
 from replay.live import Progress
 from replay.manifest import anchor, first_manifest, host
 from replay.metrics import scrape
-from replay.plan import Plan, Router, RunOptions, fit_lengths, make_plan
+from replay.plan import Plan, RunOptions, fit_lengths, make_plan
 from replay.prepare import Prepared, clear_step_logs, measure_idle, prepare, run_prefix, settle
-from replay.records import RecordStore, check_space
+from replay.records import RecordStore, check_space, reserve
 from replay.resume import TakenUp, begin_stretch, end_stretch, resumed_options, take_up
+from replay.router import Router
 from replay.rundir import MANIFEST, write_manifest
-from replay.watchers import background, show, warn_of_gpus
+from replay.watchers import background, show, warn_of_gpus, warn_of_server
 from replay.workers import LoadWorkers, yielding
 from replay.workload import Config, plain_http, through_proxies
+from tracegen.console import note, plural
 from tracegen.errors import ReplayError, WattraceError
 from tracegen.schema import read_metadata, write_trace
 
@@ -53,7 +56,7 @@ class _State:
     interrupted: bool = False
     engine_died: bool = False
     failure: Exception | None = None  # what ended the run, beside an interruption or the engine's death
-    late_ns: list[int] = field(default_factory=list)
+    late_ns: Sequence[int] = ()
     taken: TakenUp | None = None  # the run that goes on
 
     @property
@@ -71,6 +74,8 @@ async def run(options: RunOptions, progress: Progress) -> Path:
     """
     if options.resume is not None:
         options = resumed_options(options)
+        if options.resume is None:
+            progress.say(f"{options.output}: was killed before a request was due; it begins anew")
     plan = await asyncio.to_thread(make_plan, options)
     _check_load(plan)
     state = _State(Prepared(first_manifest(plan, os.urandom(8).hex())), plan.trace, asyncio.current_task())
@@ -85,8 +90,10 @@ async def run(options: RunOptions, progress: Progress) -> Path:
         if options.resume is not None:
             await _take_up(plan, state, progress)
         write_manifest(plan.run_dir, state.manifest)
-        await _carry_out(plan, state, progress, keep_folder=not made)
-    return plan.run_dir
+        run_dir, carrying_out = plan.run_dir, _carry_out(plan, state, progress, keep_folder=not made)
+        del plan  # and with it, once it has been cut, the trace
+        await carrying_out
+    return run_dir
 
 
 async def _take_up(plan: Plan, state: _State, progress: Progress) -> None:
@@ -108,6 +115,7 @@ async def _carry_out(plan: Plan, state: _State, progress: Progress, *, keep_fold
                 if state.taken is not None:
                     state.taken.keep_idle(state.manifest)
                 workers = await stack.enter_async_context(LoadWorkers(_cut(plan, state)))
+                plan = _forget_trace(plan, state)
                 started = True
                 await _measure(plan, state, workers, progress)
             # The servers, the sampler and who follows the steps have ended: all tables are written.
@@ -172,6 +180,7 @@ def _signals(state: _State, progress: Progress) -> Any:
     def on_signal() -> None:
         if state.interrupted:
             progress.__exit__(None, None, None)  # the terminal gets its cursor back
+            note("ended at once; 'replay check' says what is on record, 'replay run --resume' goes on")
             os._exit(_EXIT_INTERRUPTED)
         state.interrupted = True
         progress.say("stopping in order; Ctrl-C again ends at once")
@@ -210,7 +219,7 @@ def _fit(plan: Plan, state: _State, progress: Progress) -> None:
     state.trace, changed = fit_lengths(plan.trace, limit, plan.options.overlong)
     if changed:
         done = {"drop": "dropped", "clip": "clipped"}[plan.options.overlong]
-        progress.say(f"{done} {changed} requests longer than the model's {limit} tokens")
+        progress.say(f"{done} {plural(changed, 'request')} longer than the model's {limit} tokens")
         state.manifest["overlong"] = {"rule": plan.options.overlong, "requests": changed}
     write_trace(state.trace, plan.run_dir / "trace.parquet", read_metadata(plan.options.trace))
     write_manifest(plan.run_dir, state.manifest)
@@ -262,6 +271,7 @@ def _cut(plan: Plan, state: _State) -> list[Config]:
     workers = _worker_count(plan, trace, fast=fast)
     routes = Router(options.router, len(served)).assign(trace)
     cut(trace, routes, workers, plan.run_dir, think_time=options.think_time)
+    reserve(plan.run_dir)
     state.manifest["workers"] = [{"worker": number, "host": host()} for number in range(workers)]
     return [
         Config(
@@ -287,14 +297,22 @@ def _cut(plan: Plan, state: _State) -> list[Config]:
     ]
 
 
+def _forget_trace(plan: Plan, state: _State) -> Plan:
+    """Keep of the trace that has been cut when requests are due, which is what the live figures need."""
+    state.trace = state.trace.select("arrival_ns")
+    if state.taken is not None:
+        state.taken = replace(state.taken, remaining=state.trace)
+    return replace(plan, trace=state.trace)
+
+
 async def _measure(plan: Plan, state: _State, workers: LoadWorkers, progress: Progress) -> None:
     """Send the trace and wait for the answers; afterwards the manifest says how it ended."""
     options, prepared = plan.options, state.prepared
-    store = RecordStore(plan.run_dir, save_chunks=options.save_chunks)
     start_ns = now_ns() + _LEAD_NS
     # What is left of a run is due at once, at its own distances.
     epoch_ns = start_ns - (0 if state.taken is None else state.trace["arrival_ns"][0])
-    begin_stretch(state.manifest, start_ns)
+    measure_ns = begin_stretch(state.manifest, start_ns, epoch_ns + options.warmup_ns)
+    store = RecordStore(plan.run_dir, save_chunks=options.save_chunks, measure_start_ns=measure_ns)
     arrival_ns, simulated = state.trace["arrival_ns"].to_numpy(), state.manifest["engine"] == "simulated"
     state.manifest["clock_anchors"].append(anchor())
     write_manifest(plan.run_dir, state.manifest)
@@ -310,6 +328,7 @@ async def _measure(plan: Plan, state: _State, workers: LoadWorkers, progress: Pr
             _watch(prepared.engines, sending, state),
             show(epoch_ns, arrival_ns, plan.gpus, workers, prepared.sampler, progress, simulated=simulated),
             warn_of_gpus(prepared.sampler, plan.gpus, prepared.locked_mhz, progress),
+            warn_of_server(workers, progress),
         ]
         try:
             with yielding():
@@ -350,6 +369,8 @@ def _note_end(state: _State, workers: LoadWorkers, progress: Progress) -> None:
     """Enter into the manifest how the sending ended."""
     state.late_ns = workers.stall_ns
     why = "the server ended while requests were sent; see server.log" if state.engine_died else workers.died
+    if isinstance(state.failure, OSError):  # of which a launched server dies too
+        why = f"the run directory could not be written ({state.failure.strerror or state.failure})"
     whole = not (state.interrupted or why or state.failure)
     before = 0 if state.taken is None else state.taken.recorded
     ended = {
@@ -365,7 +386,8 @@ def _note_end(state: _State, workers: LoadWorkers, progress: Progress) -> None:
     state.manifest.update(ended)
     if why is not None and not state.interrupted:
         state.manifest["failure"] = why
-        progress.warn(why)
+        if state.failure is None:  # else it is raised when what there is has been written
+            progress.warn(why)
     state.manifest["clock_anchors"].append(anchor())
 
 

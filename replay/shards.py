@@ -27,7 +27,7 @@ class Row(NamedTuple):
     output_tokens: int
     priority: int
     hash_count: int
-    instance: int  # replay.plan.LEAST_LOADED: the one with the least to do
+    instance: int  # replay.router.LEAST_LOADED: the one with the least to do
     hashes: tuple[int, ...] = ()
 
 

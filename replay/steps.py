@@ -11,7 +11,8 @@ from typing import Literal, NamedTuple, Protocol
 
 import polars as pl
 
-from replay.rundir import ARRIVALS, SEGMENTS, STEPS, PartWriter
+from replay.rundir import PartWriter
+from replay.tables import ARRIVALS, SEGMENTS, STEPS
 from tracegen.errors import ReplayError
 
 Kind = Literal["prefill", "decode"]

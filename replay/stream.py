@@ -1,14 +1,19 @@
 """What one request's answer says, and the record that is kept of it.
 
-Tokens are counted by the server's usage, not by chunks: one chunk may carry several tokens.
+Tokens are counted by the server's usage, not by chunks: one chunk may carry several tokens. Where usage comes at the
+end only, it may prove that each chunk bore one.
 """
 
+import errno
+import os
 from array import array
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 import msgspec
 
+GONE = "the server went away"  # what the error of a request that found nobody any more begins with
+_NOBODY = {errno.ECONNREFUSED, errno.EHOSTUNREACH, errno.EHOSTDOWN, errno.ENETUNREACH, errno.ETIMEDOUT}
 _ERROR_CHARS = 300  # of a server's error body: enough to tell, small enough for a table cell
 _DATA = b"data:"
 _DATA_SPACE = b"data: "
@@ -80,6 +85,7 @@ class Record:
     worker: int = 0
     chunk_ns: "array[int]" = field(default_factory=_times)
     chunk_tokens: "array[int] | None" = field(default_factory=_counts)
+    by_chunks: bool = False  # whether chunk_tokens are ones because usage proved it at the end; not in the table
 
 
 class EventStream:
@@ -149,6 +155,9 @@ class EventStream:
         elif not (self.done or self.finished):
             record.status, record.error = "stream_error", "the stream ended without a finish reason or [DONE]"
         else:
+            if record.chunk_tokens is None and len(record.chunk_ns) == record.output_tokens:
+                # As many chunks with text as tokens: each bore one.
+                record.chunk_tokens, record.by_chunks = array("H", [1]) * len(record.chunk_ns), True
             _judge_length(record)
 
 
@@ -199,6 +208,14 @@ def _judge_length(record: Record) -> None:
         record.error = f"{record.output_tokens} output tokens, {record.output_tokens_wanted} wanted"
     else:
         record.status = "ok"
+
+
+def network_error(error: Exception, *, answered: bool) -> str:
+    """`error` as a line; `answered`: whether the server had answered before, so that nobody there means it has gone."""
+    number = getattr(error, "errno", None)
+    if answered and number in _NOBODY:
+        return f"{GONE}: {os.strerror(number)}"
+    return shorten(f"{type(error).__name__}: {error}".encode())
 
 
 def shorten(body: bytes) -> str:

@@ -13,7 +13,9 @@ import polars as pl
 from replay.clock import NS_PER_MS, NS_PER_S
 from replay.counters import Window, counted_j
 from replay.gaps import CHUNK_COLUMNS, GapHistogram
-from replay.rundir import MANIFEST, REQUESTS, Run
+from replay.hold import held
+from replay.rundir import MANIFEST, Run
+from replay.tables import REQUESTS
 from replay.verdicts import Verdict, validity
 from tracegen.errors import RunError
 
@@ -21,34 +23,41 @@ _NEEDED = ("status", "scheduled_ns", "sent_ns", "first_token_ns", "last_token_ns
 _KEYS = (
     "state", "engine", "arguments", "trace_sha256", "instances", "gpus", "clock_anchors", "versions", "verdicts"
 )  # fmt: skip
+ENDED = {"complete", "interrupted", "failed"}
 _PERCENTS = (50, 90, 99)
+ANSWERED = ("ok", "length_mismatch")  # one of another length was answered too: its times are true (docs/latency.md)
 
 
 def summarize(run_dir: Path) -> dict[str, Any]:
     """Counts, latencies in ms, power in W and energy in J of the run in `run_dir`; None where nothing was measured.
 
+    Of requests that were due in the warm-up there is a count only. Latencies and tokens are of `ANSWERED` requests.
     A run that was killed or still goes on has no verdicts yet; its window ends with the last that is on record. Rates
     and mean power are over the time that it was measured, without pauses (`paused_s`) of one that was resumed.
     Raises `RunError` where `run_dir` has no run that `replay` made, or a table that cannot be read.
     """
     run = open_run(run_dir)
     manifest, requests = run.manifest, _requests(run)
-    windows = stretches(manifest, None if "measure_end_ns" in manifest else last_on_record(run))
+    windows = measured(manifest, None if "measure_end_ns" in manifest else last_on_record(run))
+    warmups, planned, killed = rows_of(run, "warmup"), _planned(run), was_killed(run)
     seconds = (windows[-1][1] - windows[0][0]) / NS_PER_S if windows else None
     output_tokens = requests.output_tokens()
     gpus = [gpu for instance in manifest["instances"] for gpu in instance["gpus"]]
-    energy_j, energy_why = counted_j(run, gpus, windows) if windows else (None, "the run has not begun")
+    energy_j, energy_why = counted_j(run, gpus, windows) if windows else (None, _why_no_window(manifest))
     paused_s = manifest.get("paused_s", 0.0)
     active_s = None if seconds is None else seconds - paused_s
     rate = None if output_tokens is None or not active_s else output_tokens / active_s
     return {
         "run": str(run_dir),
         "state": manifest["state"],
+        "killed": killed,
         "simulated": run.simulated,
         **_what(manifest),
         "seconds": seconds,
         "paused_s": paused_s,
-        "requests_planned": _planned(run),
+        "warmup_s": manifest["arguments"].get("warmup_ns", 0) / NS_PER_S,
+        "warmup_requests": warmups,
+        "requests_planned": None if planned is None else planned - warmups,
         "requests_sent": requests.departed.number,
         "requests_ok": requests.statuses.get("ok", 0),
         "statuses": dict(requests.statuses.most_common()),
@@ -66,6 +75,7 @@ def summarize(run_dir: Path) -> dict[str, Any]:
         "idle_power_after_w": _idle_w(manifest, gpus, "idle_power_after_w"),
         "verdicts": manifest["verdicts"],
         **judged(manifest),
+        "what_now": what_now(run) if killed else None,
     }
 
 
@@ -78,6 +88,25 @@ def open_run(run_dir: Path) -> Run:
     return run
 
 
+def was_killed(run: Run) -> bool:
+    """Whether a run has not ended, and nobody writes into it any more."""
+    return run.manifest["state"] not in ENDED and not held(run.path)
+
+
+def not_begun(run: Run) -> bool:
+    """Whether nothing was measured yet: a run that was killed then can begin anew."""
+    return not (run.manifest["state"] != "starting" or run.manifest.get("stretches") or run.has("requests"))
+
+
+def what_now(run: Run) -> str:
+    """What to do with a run that was killed."""
+    if run.manifest.get("clock") == "virtual":
+        return "a run in virtual time does not go on: repeat it"
+    if not_begun(run):
+        return f"no request was due yet: 'replay run --resume {run.path}' begins it anew"
+    return f"'replay run --resume {run.path}' goes on"
+
+
 def judged(manifest: Mapping[str, Any]) -> dict[str, Any]:
     """`valid` and `invalid_because` of a run, from its state and its verdicts; both None before it was judged."""
     if not manifest["verdicts"]:
@@ -86,8 +115,14 @@ def judged(manifest: Mapping[str, Any]) -> dict[str, Any]:
     return validity(manifest["state"], verdicts, manifest.get("failure"))
 
 
+def measured(manifest: Mapping[str, Any], last_ns: int | None) -> list[Window]:
+    """The `stretches` of a run without its warm-up; none before that has ended."""
+    start_ns = manifest.get("measure_start_ns", 0)
+    return [(max(a_ns, start_ns), b_ns) for a_ns, b_ns in stretches(manifest, last_ns) if b_ns > start_ns]
+
+
 def stretches(manifest: Mapping[str, Any], last_ns: int | None) -> list[Window]:
-    """The stretches of time in which the run was measured; one, unless it was resumed; none before it has begun.
+    """The stretches of time in which requests were sent; one, unless it was resumed; none before it has begun.
 
     `last_ns`: the last moment on record, which ends a run that did not come to its own end.
     """
@@ -102,7 +137,11 @@ def last_on_record(run: Run) -> int | None:
     """The last moment on record, by requests and steps; None where there is none."""
     last = [
         moment
-        for table, columns in (("requests", ["sent_ns", "done_ns"]), ("steps", ["end_ns"]))
+        for table, columns in (
+            ("requests", ["sent_ns", "done_ns"]),
+            ("warmup", ["sent_ns", "done_ns"]),
+            ("steps", ["end_ns"]),
+        )
         if run.has(table)
         for batch in run.batches(table, columns)
         for column in columns
@@ -136,7 +175,17 @@ def _planned(run: Run) -> int | None:
     """How many requests the run was to send; None before that was known."""
     if "requests" in run.manifest:
         return int(run.manifest["requests"]["planned"])
-    return run.scan("trace", ["request_id"]).collect().height if run.has("trace") else None
+    return rows_of(run, "trace") if run.has("trace") else None
+
+
+def rows_of(run: Run, table: str) -> int:
+    """How many rows a table has that is made of requests; none where it is not there."""
+    return sum(batch.height for batch in run.batches(table, ["request_id"])) if run.has(table) else 0
+
+
+def _why_no_window(manifest: Mapping[str, Any]) -> str:
+    """Why nothing was measured."""
+    return "the run has not begun" if "measure_start_ns" not in manifest else "its warm-up was not over"
 
 
 def _idle_w(manifest: Mapping[str, Any], gpus: Sequence[int], key: str) -> float | None:
@@ -186,12 +235,12 @@ class _Requests:
         """More rows."""
         self.statuses.update(dict(batch["status"].value_counts().iter_rows()))
         self.scheduled, self.departed = self.scheduled.add(batch["scheduled_ns"]), self.departed.add(batch["sent_ns"])
-        ok = batch.filter(pl.col("status") == "ok")
-        if set(CHUNK_COLUMNS) <= set(ok.columns):
-            self.gaps.add(ok)
+        answered = batch.filter(pl.col("status").is_in(ANSWERED))
+        if set(CHUNK_COLUMNS) <= set(answered.columns):
+            self.gaps.add(answered)
         decoding_ns = pl.col("last_token_ns") - pl.col("first_token_ns")
         self.answered.append(
-            ok.select(
+            answered.select(
                 "output_tokens",
                 (pl.col("first_token_ns") - pl.col("sent_ns")).alias("ttft_ns"),
                 (pl.col("last_token_ns") - pl.col("sent_ns")).alias("e2el_ns"),
@@ -200,7 +249,7 @@ class _Requests:
         )
 
     def output_tokens(self) -> int | None:
-        """Of all good answers; None where the server did not count."""
+        """Of all answers; None where the server did not count."""
         each = pl.concat([frame["output_tokens"] for frame in self.answered])
         return int(each.sum()) if each.null_count() < len(each) else None
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-from replay.stream import Record
+from replay.stream import GONE, Record
 
 _RECENT = 100  # values of each kind in a message: it must fit into one atomic write to a pipe (4,096 bytes)
 # Upper ends of a histogram's bins, ns: 16 an octave from 1 µs to 18 minutes, so that a quantile is told to 4.5 %.
@@ -68,6 +68,8 @@ class Tally:
     def __init__(self) -> None:
         self.sent = self.ended = self.errors = 0
         self.tokens = 0  # output tokens that have come
+        self.gone = 0  # requests that found nobody where a server had answered before
+        self.by_chunks = 0  # answers whose usage at the end proved that each chunk bore one token
         self.unsent = 0  # records of requests that a cap held back until the end
         self.due = 0
         self.stall_ns = 0  # the longest time that nothing was read, since the last message
@@ -94,6 +96,8 @@ class Tally:
         """A request that was sent has ended."""
         self.ended += 1
         self.errors += record.status != "ok"
+        self.gone += record.status == "connect_error" and (record.error or "").startswith(GONE)
+        self.by_chunks += record.by_chunks
 
     def message(self, in_flight: Iterable[Record]) -> dict[str, Any]:
         """The state of the worker; the recent figures begin anew.
@@ -104,7 +108,8 @@ class Tally:
         gaps_us = [(times[-1] - times[-2]) // 1000 for times in recent if len(times) > 1]
         told = {
             "sent": self.sent, "ended": self.ended, "errors": self.errors, "in_flight": self.sent - self.ended,
-            "due": self.due, "output_tokens": self.tokens, "lag_us": self._lag_us, "ttft_us": self._ttft_us,
+            "due": self.due, "gone": self.gone, "by_chunks": self.by_chunks, "output_tokens": self.tokens,
+            "lag_us": self._lag_us, "ttft_us": self._ttft_us,
             "tbt_us": gaps_us, "stall_ns": self.stall_ns,
         }  # fmt: skip
         self._lag_us, self._ttft_us, self.stall_ns = [], [], 0

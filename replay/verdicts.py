@@ -15,6 +15,7 @@ import polars as pl
 
 from replay.clock import NS_PER_MS
 from replay.gpu.baseline import fell_back
+from tracegen.console import plural
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
@@ -54,13 +55,17 @@ class Verdict:
     why: str
 
 
+def percent(share: float) -> str:
+    """A share as `12.3%`; what rounds to none has no sign."""
+    return f"{round(share, 3) + 0.0:.1%}"
+
+
 def dispatch_lag(requests: pl.DataFrame) -> Verdict:
-    """Whether requests left when the trace said: p99 of send - schedule, ms."""
+    """Whether requests left when the trace said: p99 of send - schedule, ms, between neighbours as in all latencies."""
     lag_ms = (requests["sent_ns"] - requests["scheduled_ns"]).drop_nulls() / NS_PER_MS
     if lag_ms.is_empty():
         return Verdict("dispatch_lag", False, None, LAG_BOUND_MS, "no request was sent")
-    p99 = float(lag_ms.quantile(0.99, "higher") or 0.0)
-    p50, worst = (float(lag_ms.quantile(q, "higher") or 0.0) for q in (0.5, 1.0))
+    p50, p99, worst = (float(lag_ms.quantile(q, "linear") or 0.0) for q in (0.5, 0.99, 1.0))
     why = f"p50 {p50:.2f} ms, p99 {p99:.2f} ms, max {worst:.2f} ms after schedule"
     return Verdict("dispatch_lag", p99 <= LAG_BOUND_MS, p99, LAG_BOUND_MS, why)
 
@@ -106,12 +111,12 @@ def error_rate(requests: pl.DataFrame, planned: int) -> Verdict:
     bad = requests.filter(pl.col("status") != "ok")
     unsent = planned - requests.height
     others = [_of_status(of) for of in sorted(bad.partition_by("status"), key=lambda of: -of.height)]
-    return errors(ok, planned, others + [f"{unsent} not sent"] * (unsent > 0))
+    return errors(ok, planned, others + [f"{unsent:,} not sent"] * (unsent > 0))
 
 
 def _of_status(requests: pl.DataFrame) -> str:
     """How many requests ended with one status, and what was said most often of why."""
-    text = f"{requests.height} {requests['status'][0]}"
+    text = f"{requests.height:,} {requests['status'][0]}"
     code = pl.when(pl.col("http_status") != 200).then(pl.col("http_status").cast(pl.String))
     words = pl.concat_str(code, "error", separator=" ", ignore_nulls=True)
     said = requests.select(words.alias("said"))["said"].replace("", None).drop_nulls()
@@ -123,7 +128,9 @@ def _of_status(requests: pl.DataFrame) -> str:
 
 def errors(ok: int, planned: int, others: Sequence[str]) -> Verdict:
     """`error_rate` from the count of good requests; `others` says what became of the rest."""
-    why = f"{ok} of {planned} requests ok" + (f": {', '.join(others)}" if others else "")
+    if not planned:
+        return Verdict("error_rate", None, None, ERROR_BOUND, "every request was due in the warm-up")
+    why = f"{ok:,} of {plural(planned, 'request')} ok" + (f": {', '.join(others)}" if others else "")
     share = (planned - ok) / planned
     return Verdict("error_rate", share <= ERROR_BOUND, share, ERROR_BOUND, why)
 
@@ -158,23 +165,33 @@ def lengths_exact(requests: pl.DataFrame, trace: pl.DataFrame) -> Verdict:
 
 def lengths(wrong: int, requests: int) -> Verdict:
     """`lengths_exact` from the count of requests, and of those that differ from the trace."""
-    why = f"{wrong} of {requests} requests differ from the trace in input or output tokens"
+    why = f"{wrong:,} of {plural(requests, 'request')} differ from the trace in input or output tokens"
     return Verdict("lengths_exact", wrong == 0, float(wrong), 0.0, why)
 
 
-def saturated(requests: pl.DataFrame) -> Verdict:
+def saturated(requests: pl.DataFrame, *, capped: bool = False) -> Verdict:
     """Whether the server kept up: requests that wait for their first token must not pile up while sending.
 
     The value is the growth of that backlog (least squares over the sending window) as a share of the arrival rate;
-    with arrivals at rate λ and first tokens at rate μ < λ it is 1 - μ/λ.
+    with arrivals at rate λ and first tokens at rate μ < λ it is 1 - μ/λ. `capped`: requests were held back, so that
+    those that pile up do not wait in the server.
     """
-    # A request that failed before its first token waits no longer.
-    failed = pl.col("first_token_ns").is_null() & pl.col("status").is_in(
-        ["http_error", "connect_error", "stream_error"]
-    )
+    if capped:
+        late = pl.col("sent_ns").is_null() | (pl.col("sent_ns") > pl.col("scheduled_ns").max())
+        held = plural(requests.filter(late).height, "request")
+        why = f"not known: closed by cap, which still held back {held} when the last was due"
+        return Verdict("saturated", None, None, BACKLOG_GROWTH_BOUND, why)
+    # A request that failed before its first token waits no longer, nor does one that was answered without a token.
+    none = pl.col("first_token_ns").is_null()
+    failed = none & pl.col("status").is_in(["http_error", "connect_error", "stream_error"])
+    answered = none & pl.col("status").is_in(["ok", "length_mismatch"])
     requests = requests.filter(~failed)
+    if requests.height and requests.select(answered.all()).item():
+        why = "not known: no token has a time, so nobody knows who waited for one"
+        return Verdict("saturated", None, None, BACKLOG_GROWTH_BOUND, why)
+    begun = requests.select(pl.when(answered).then("done_ns").otherwise("first_token_ns")).to_series()
     sent = np.sort(requests["sent_ns"].drop_nulls().to_numpy())
-    first = np.sort(requests["first_token_ns"].drop_nulls().to_numpy())
+    first = np.sort(begun.drop_nulls().to_numpy())
     at_ns = backlog_grid_ns(sent[0], sent[-1]) if len(sent) else np.zeros(1)
     waiting = np.searchsorted(sent, at_ns, "right") - np.searchsorted(first, at_ns, "right")
     return saturation(len(sent), at_ns, waiting)
@@ -188,15 +205,16 @@ def backlog_grid_ns(first_ns: int, last_ns: int) -> FloatArray:
 def saturation(sent: int, at_ns: FloatArray, waiting: IntArray) -> Verdict:
     """`saturated` from how many requests were `waiting` at each moment of its grid, of as many as were `sent`."""
     if sent < 20 or at_ns[0] == at_ns[-1]:
-        why = "fewer than 20 requests, or all sent at one moment, tell nothing"
+        why = "not known: fewer than 20 requests, or all sent at one moment, tell nothing"
         return Verdict("saturated", None, None, BACKLOG_GROWTH_BOUND, why)
     at_s = (at_ns - at_ns[0]) / 1e9
     rate = (sent - 1) / at_s[-1]
     slope = np.polyfit(at_s, waiting, 1)[0]
     growth = float(slope / rate)
     full = growth > BACKLOG_GROWTH_BOUND and slope * at_s[-1] > BACKLOG_MIN
-    why = f"{waiting[-1]:.0f} requests waited for a first token at the last send; backlog grew by {growth:.1%} of them"
-    return Verdict("saturated", not full, growth, BACKLOG_GROWTH_BOUND, why if full else f"not saturated: {why}")
+    left = plural(int(waiting[-1]), "request")
+    why = f"{'' if full else 'not saturated: '}{left} waited at the last send; grew by {percent(growth)} of arrivals"
+    return Verdict("saturated", not full, growth, BACKLOG_GROWTH_BOUND, why)
 
 
 def clocks_held(
@@ -221,7 +239,7 @@ def clocks(locked_mhz: int, off: int, readings: int, reasons: int, held_mhz: flo
     named = throttle_reasons(reasons)
     if held_mhz is not None and held_mhz < locked_mhz:
         named.append(f"under load this GPU holds {held_mhz:.0f} MHz at most")
-    why = f"{share:.1%} of readings within {CLOCK_TOLERANCE_MHZ} MHz of {locked_mhz} MHz"
+    why = f"{percent(share)} of readings within {CLOCK_TOLERANCE_MHZ} MHz of {locked_mhz} MHz"
     return Verdict("clocks_held", share >= CLOCK_BOUND, share, CLOCK_BOUND, why + "".join(f"; {n}" for n in named))
 
 
@@ -254,7 +272,7 @@ def sensor_alive(power: pl.DataFrame | None, gpus: Sequence[int], start_ns: int,
 
 def coverage(worst: float, silent: str = "") -> Verdict:
     """`sensor_alive` from the share of the window that is covered on the GPU that was read worst."""
-    why = f"{worst:.1%} of the run is covered by readings no more than 0.5 s apart{silent}"
+    why = f"{percent(worst)} of the run is covered by readings no more than 0.5 s apart{silent}"
     return Verdict("sensor_alive", worst >= SENSOR_BOUND, worst, SENSOR_BOUND, why)
 
 
@@ -328,5 +346,6 @@ def steps_complete(steps: pl.DataFrame | None, segments: pl.DataFrame | None, re
 def completeness(steps: int, gaps: int, short: int, requests: int) -> Verdict:
     """`steps_complete` from the steps' count, those missing, and the requests of which a token was in no step."""
     name = "steps_complete"
-    why = f"{steps:,} steps; {gaps} missing, {short} of {requests} requests with tokens in no step"
+    of = plural(requests, "request")
+    why = f"{plural(steps, 'step')}; {gaps:,} missing; {short:,} of {of} with tokens in no step"
     return Verdict(name, gaps == 0 and short == 0, float(gaps + short), 0.0, why)

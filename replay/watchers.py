@@ -11,12 +11,15 @@ import numpy as np
 from replay.clock import NS_PER_S, now_ns
 from replay.gpu.sampler import Sampler
 from replay.live import Progress, Snapshot
+from replay.stream import GONE
 from replay.verdicts import CLOCK_TOLERANCE_MHZ, IntArray, throttle_reasons
 from replay.workers import LoadWorkers
+from tracegen.console import plural
 
 _REDRAW_S = 0.25
 _STATUS_S = 0.5  # the sampler's own period of telling
 _OFF_STATUSES = 4  # off the clock for 2 s: longer than a lock takes to settle
+_GONE_NS = 30 * NS_PER_S  # between two warnings of a server that went away
 _RATE_S = 5.0  # the live token rate looks back so far
 
 
@@ -91,6 +94,17 @@ async def show(
 def _percentile(ordered: Sequence[int], q: float) -> float | None:
     """A percentile of ordered durations in µs, in ns."""
     return ordered[min(len(ordered) - 1, int(q * len(ordered)))] * 1e3 if ordered else None
+
+
+async def warn_of_server(workers: LoadWorkers, progress: Progress) -> None:
+    """Say it when requests find nobody where a server had answered before, now and then how many; until cancelled."""
+    said, next_ns = 0, 0
+    while True:
+        gone = workers.total("gone")
+        if gone > said and now_ns() >= next_ns:
+            said, next_ns = gone, now_ns() + _GONE_NS
+            progress.warn(f"{GONE}: {plural(gone, 'request')} found nobody there so far; the trace is sent on")
+        await asyncio.sleep(_STATUS_S)
 
 
 async def warn_of_gpus(

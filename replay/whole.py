@@ -12,17 +12,18 @@ import numpy.typing as npt
 import polars as pl
 import pyarrow.parquet as pq
 
-from replay.again import options_of, replay_command, tracegen_commands
+from replay.again import find_trace, options_of, replay_command, tracegen_commands
 from replay.clock import NS_PER_S
-from replay.hold import held
 from replay.plan import RunOptions, simulated_profile
 from replay.records import left_over
-from replay.rundir import TABLES, Run, row_groups, table_batches
+from replay.rundir import Run, row_groups, table_batches
 from replay.sim.profile import constants, profile_of_constants
-from replay.summary import judged, last_on_record, open_run, stretches
+from replay.summary import ENDED, judged, last_on_record, measured, open_run, stretches, was_killed, what_now
+from replay.tables import TABLES
 from replay.verdicts import SENSOR_BOUND, SENSOR_GAP_NS
+from tracegen.console import plural
 from tracegen.errors import ReplayError, RunError, WattraceError
-from tracegen.schema import file_sha256, read_metadata
+from tracegen.schema import read_metadata
 
 _NAMED = 3  # requests that are named where more are concerned
 Ids = npt.NDArray[np.uint64]
@@ -68,8 +69,10 @@ def _wholeness(run: Run) -> Iterable[Finding]:
     """Whether all is there that the run was to measure."""
     state, manifest = run.manifest["state"], run.manifest
     ended = state
-    if state not in {"complete", "interrupted", "failed"}:
-        ended += ": it still goes on" if held(run.path) else ": it was killed"
+    if was_killed(run):
+        ended += f": it was killed; {what_now(run)}"
+    elif state not in ENDED:
+        ended += ": it still goes on"
     yield Finding("state", state == "complete", ended + (f": {manifest['failure']}" if "failure" in manifest else ""))
     damaged, rows = {}, {}
     for table in (name for name in TABLES if (run.path / f"{name}.parquet").exists()):
@@ -106,7 +109,8 @@ def _requests(run: Run) -> Finding:
     name = "requests"
     if not run.has("trace"):
         return Finding(name, False, "there is no trace.parquet that says what was to be sent")
-    planned, recorded = _ids(run, "trace"), _ids(run, name)
+    planned, early = _ids(run, "trace"), _ids(run, "warmup")
+    recorded = np.concatenate([_ids(run, name), early])
     unrecorded = np.setdiff1d(planned, recorded)
     once, counts = np.unique(recorded, return_counts=True)
     wrong = [
@@ -116,18 +120,19 @@ def _requests(run: Run) -> Finding:
     ]
     said = [text for text in wrong if text]
     if logged := left_over(run.path):
-        said.append(f"{logged:,} records are still in the load workers' logs: 'replay run --resume' stores them")
-    why = f"; {'; '.join(said)}" if said else ", each once"
-    return Finding(name, not said, f"{np.isin(planned, once).sum():,} of {planned.size:,} requests are on record{why}")
+        said.append(f"{plural(logged, 'record')} still in the load workers' logs: 'replay run --resume' stores them")
+    why = f"; {'; '.join(said)}" if said else ", each once" + (f", {early.size:,} in the warm-up" if early.size else "")
+    of = plural(planned.size, "request")
+    return Finding(name, not said, f"{np.isin(planned, once).sum():,} of {of} on record{why}")
 
 
 def _due(run: Run, ids: Ids) -> str:
     """How many of the requests were due before the last moment on record; empty where that tells nothing."""
-    last_ns, start_ns = last_on_record(run), run.manifest.get("measure_start_ns")
-    resumed = len(run.manifest.get("stretches") or ()) > 1  # times have moved against the trace's
-    if not ids.size or last_ns is None or start_ns is None or resumed:
+    last_ns = last_on_record(run)
+    windows = stretches(run.manifest, last_ns)
+    if not ids.size or last_ns is None or len(windows) != 1:  # of a run that went on, times have moved on the trace's
         return ""
-    until = pl.col("request_id").is_in(ids) & (pl.col("arrival_ns") <= last_ns - start_ns)
+    until = pl.col("request_id").is_in(ids) & (pl.col("arrival_ns") <= last_ns - windows[0][0])
     due = sum(batch.filter(until).height for batch in run.batches("trace", ["request_id", "arrival_ns"]))
     return f", {due:,} of them due before the last moment on record"
 
@@ -145,9 +150,9 @@ def _power(run: Run) -> Finding:
     name, gpus = "power", [gpu for entry in run.manifest["instances"] for gpu in entry["gpus"]]
     if not run.has(name):
         return Finding(name, None if not gpus else False, "no power was read")
-    windows = stretches(run.manifest, last_on_record(run))
+    windows = measured(run.manifest, last_on_record(run))
     if not windows:
-        return Finding(name, None, "the run had not begun")
+        return Finding(name, None, "the run had not begun, or was in its warm-up")
     unread_ns: dict[int, int] = defaultdict(int)
     last_ns = dict.fromkeys(gpus, windows[0][0])
     told = ~pl.all_horizontal(pl.col("power_instant_mw", "power_average_mw", "energy_mj").is_null())
@@ -220,20 +225,9 @@ def _reproducibility(run: Run) -> tuple[RunOptions | None, list[Finding]]:
     return options, [*found, _versions(manifest["versions"])]
 
 
-def _find_trace(run: Run, options: RunOptions) -> Path | None:
-    """The trace that was replayed, byte for byte: as it was named, from here or from where the run was started."""
-    place = run.path.resolve()
-    up = 2 if options.output is None else len(options.output.parts)  # the default is under runs/
-    started = place.parents[up - 1] if up <= len(place.parents) else place
-    for path in (options.trace, started / options.trace):
-        if path.is_file() and file_sha256(path) == run.manifest["trace_sha256"]:
-            return path
-    return None
-
-
 def _trace(run: Run, options: RunOptions) -> Finding:
     """Whether the trace is there, or at least the run's own copy of what was sent."""
-    path, sha = _find_trace(run, options), str(run.manifest["trace_sha256"])
+    path, sha = find_trace(run, options), str(run.manifest["trace_sha256"])
     if path is not None:
         return Finding("trace", True, f"{path} is the file that was replayed (sha256 {sha[:12]}...)")
     gone = f"{options.trace} is {'another file now' if options.trace.exists() else 'not there'}"
@@ -272,7 +266,7 @@ def _versions(then: Mapping[str, str]) -> Finding:
 
 def _commands(run: Run, options: RunOptions) -> list[str]:
     """The lines that make the trace, where it says how it was made, and replay it as the run did."""
-    path, own = _find_trace(run, options), run.path / "trace.parquet"
+    path, own = find_trace(run, options), run.path / "trace.parquet"
     output = run.path.with_name(f"{run.name}-again")
     made: list[str] = []
     try:
@@ -285,7 +279,7 @@ def _commands(run: Run, options: RunOptions) -> list[str]:
 
 
 def lines(found: Mapping[str, Any]) -> list[str]:
-    """What `check` found, for people; the verdict of all three questions last."""
+    """What `check` found, for people, but for the commands."""
     marks = {True: "ok  ", False: "FAIL", None: "-   "}
     mark = "SIMULATED  " if found["simulated"] else ""
     valid = found["valid"]
@@ -296,6 +290,4 @@ def lines(found: Mapping[str, Any]) -> list[str]:
     said += [f"  FAIL  {why}" for why in found["invalid_because"] or ()]
     said.append(f"reproducible: {'yes' if found['reproducible'] else 'NO'}")
     said += [f"  {marks[f['ok']]}  {f['name']:<10} {f['why']}" for f in found["reproducibility"]]
-    if found["commands"]:
-        said += ["repeated by", *(f"  {command}" for command in found["commands"])]
     return said

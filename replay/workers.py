@@ -5,6 +5,7 @@ import contextlib
 import errno
 import os
 import threading
+from array import array
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -36,7 +37,7 @@ class LoadWorkers:
         self.lag_us: deque[int] = deque(maxlen=_RECENT)
         self.ttft_us: deque[int] = deque(maxlen=_RECENT)
         self.tbt_us: deque[int] = deque(maxlen=_RECENT)
-        self.stall_ns: list[int] = []
+        self.stall_ns = array("q")  # four a second from each
         self.died: str | None = None  # which worker was killed
 
     async def __aenter__(self) -> Self:
@@ -113,7 +114,7 @@ class LoadWorkers:
             raise WorkerBugError(message["bug"])
 
     def total(self, name: str) -> int:
-        """A count summed over the workers: `sent`, `ended`, `errors`, `in_flight`, `output_tokens`."""
+        """A count summed over the workers: `sent`, `ended`, `errors`, `gone`, `in_flight`, `output_tokens`."""
         return sum(message.get(name, 0) for message in self._latest)
 
     def client_error(self) -> dict[str, Any]:
@@ -123,8 +124,10 @@ class LoadWorkers:
         `source` says how that is known. With the kernel's stamps a request left somewhere between the beginning and
         the end of its `send`, and its first token came when the stamp says; `read_delay_ms` is how long first tokens
         lay there before they were read, which is in no figure. Without them a first token may have lain as long as the
-        event loop was held up at worst.
+        event loop was held up at worst. `by_chunks`: answers whose usage came at the end only, and proved that each
+        chunk bore one token.
         """
+        by_chunks = self.total("by_chunks")
         sending, reading, error_ns = Histogram(), Histogram(), 0
         for message in self._latest:
             sending.merge(Histogram.from_list(message.get("sending", [0, []])))
@@ -135,7 +138,7 @@ class LoadWorkers:
             stalls = Histogram()
             for stall_ns in self.stall_ns:
                 stalls.add(stall_ns)
-            return {"ttft_ms": stalls.summary_ms(), "source": "loop stall"}
+            return {"ttft_ms": stalls.summary_ms(), "source": "loop stall", "by_chunks": by_chunks}
         bound = sending.summary_ms()
         return {
             "ttft_ms": None if bound is None else {q: ms + error_ns / 1e6 for q, ms in bound.items()},
@@ -144,6 +147,7 @@ class LoadWorkers:
             "unstamped": self.total("unstamped"),
             "shared": self.total("shared"),
             "wall_clock_steps": self.total("clock_steps"),
+            "by_chunks": by_chunks,
         }
 
 

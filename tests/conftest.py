@@ -1,9 +1,12 @@
 """What all tests share: fake driver libraries built from C, and looking at processes."""
 
+import contextlib
 import os
+import re
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -109,6 +112,32 @@ def virtual_run():
         return Run.open(run_virtual(RunOptions(trace, virtual=True, output=path, **asked), QuietProgress()))
 
     return virtual_run
+
+
+@pytest.fixture(scope="session")
+def terminal():
+    """What a terminal of so many columns shows while `do` prints to it: its lines, without styles."""
+
+    def shown(do, columns=80):
+        termios = pytest.importorskip("termios")
+        ours, theirs = os.openpty()
+        termios.tcsetwinsize(theirs, (24, columns))
+        parts = []
+
+        def read():
+            with contextlib.suppress(OSError):  # the other end was closed
+                while part := os.read(ours, 4096):
+                    parts.append(part)
+
+        reader = threading.Thread(target=read)
+        reader.start()
+        with os.fdopen(theirs, "w", encoding="utf-8") as screen, contextlib.redirect_stdout(screen):
+            do()
+        reader.join()
+        os.close(ours)
+        return re.sub(r"\x1b\[\d*m", "", b"".join(parts).decode()).split("\r\n")
+
+    return shown
 
 
 @pytest.fixture

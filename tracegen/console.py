@@ -3,18 +3,22 @@
 import io
 import json
 import os
+import re
 import sys
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
+from rich.cells import cell_len
 
 from tracegen.errors import WattraceError
 
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells say it
+_NAMES = re.compile(r"\s*(?:\S+\s{2,}){0,2}")
+LEAST_TEXT = 24  # columns, in which sentences can still be read
+BOLD, ITALIC = "1", "3"  # ECMA-48, Select Graphic Rendition
 
 
 def make_app(help_text: str) -> typer.Typer:
@@ -72,22 +76,101 @@ def print_json(document: Any) -> None:
     say(json.dumps(document, indent=2, allow_nan=False, default=str))
 
 
+def prose(lines: Sequence[str]) -> None:
+    """Print lines of text on stdout; in a terminal each is broken at its words.
+
+    What follows a break stands below the text, behind names that two blanks or more set apart from it.
+    """
+    width = _columns()
+    for line in lines:
+        names = _NAMES.match(line)
+        indent = " " * (names.end() if names else 0)
+        broken = textwrap.wrap(line, width, subsequent_indent=indent, break_on_hyphens=False) if width else [line]
+        say("\n".join(broken))
+
+
 def print_table(
-    columns: Sequence[str], rows: Sequence[Sequence[str]], *, title: str | None = None, left: int | Sequence[bool] = 1
+    columns: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    *,
+    title: str | None = None,
+    left: int | Sequence[bool] = 1,
+    wrap: bool = False,
 ) -> None:
-    """Print `rows` under `columns`; the first `left` columns, or those marked, are text, the rest numbers."""
-    text = [i < left for i in range(len(columns))] if isinstance(left, int) else left
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for i, name in enumerate(columns):
-        table.add_column(name, justify="left" if text[i] else "right", no_wrap=True)
-    for row in rows:
-        table.add_row(*row)
-    # As wide as the cells need, whatever the terminal: a wrapped line is better than a figure cut to an ellipsis.
-    widths = [max(len(line[i]) for line in [columns, *rows]) + 2 for i in range(len(columns))]
-    console = Console(width=max(80, sum(widths), len(title or "")), highlight=False, markup=False)
-    if title:
-        console.print(title, style="italic")
-    console.print(table)
+    """Print `rows` under `columns`; the first `left` columns, or those marked, are text, the rest numbers.
+
+    A heading may have several lines. Without a terminal a table is as wide as its cells need. In a terminal that is
+    narrower its columns move together; then the last is broken at its words, where `wrap` says that it is text, or
+    the columns come in blocks, each with the first column again. No figure is ever cut.
+    """
+    width = _columns()
+    text = [i < left for i in range(len(columns))] if isinstance(left, int) else list(left)
+    widths = [
+        max(cell_len(line) for cell in cells for line in cell.split("\n")) for cells in zip(columns, *rows, strict=True)
+    ]
+    gap, blocks = 2, [list(range(len(columns)))]
+    if width is not None and sum(widths) + 2 * (len(widths) - 1) > width:
+        rest = width - sum(widths[:-1]) - (len(widths) - 1)
+        if rest >= (LEAST_TEXT if wrap else widths[-1]):
+            gap, widths[-1] = 1, min(rest, widths[-1])
+        else:
+            blocks = _blocks(widths, width)
+    lines = [] if title is None else [_styled(title, ITALIC)]
+    for block in blocks:
+        shape = [(widths[k], text[k]) for k in block]
+        lines += [] if block is blocks[0] else [""]
+        lines += [_styled(line, BOLD) for line in _lines([columns[k] for k in block], shape, gap, heading=True)]
+        lines += [line for row in rows for line in _lines([row[k] for k in block], shape, gap)]
+    say("\n".join(lines))
+
+
+def _lines(
+    cells: Sequence[str], shape: Sequence[tuple[int, bool]], gap: int, *, heading: bool = False
+) -> Iterator[str]:
+    """A row of a table, each column so wide and text or not; a cell that is too wide is broken at its words.
+
+    Headings end on one line, other cells begin on one.
+    """
+    broken = [
+        [part for line in cell.split("\n") for part in (textwrap.wrap(line, w) if cell_len(line) > w else [line])]
+        for cell, (w, _) in zip(cells, shape, strict=True)
+    ]
+    height = max(map(len, broken))
+    for i in range(height):
+        padded = []
+        for parts, (w, is_text) in zip(broken, shape, strict=True):
+            k = i - height + len(parts) if heading else i
+            part = parts[k] if 0 <= k < len(parts) else ""
+            space = " " * (w - cell_len(part))
+            padded.append(part + space if is_text else space + part)
+        yield (" " * gap).join(padded).rstrip()
+
+
+def _styled(line: str, style: str) -> str:
+    """`line` in a style of the terminal; as it is where there is none, or one that knows no styles."""
+    if not line or not sys.stdout.isatty() or os.environ.get("TERM", "dumb") == "dumb":
+        return line
+    return f"\x1b[{style}m{line}\x1b[0m"
+
+
+def _columns() -> int | None:
+    """How wide the terminal is that stdout goes to; None where it goes to none, or to one that does not know."""
+    return os.get_terminal_size(sys.stdout.fileno()).columns or None if sys.stdout.isatty() else None
+
+
+def _blocks(widths: Sequence[int], width: int) -> list[list[int]]:
+    """The numbers of the columns in blocks that fit into `width`, as far as each column does; 0 is in all."""
+    blocks: list[list[int]] = [[]]
+    for k in range(1, len(widths)):
+        if blocks[-1] and sum(widths[i] + 2 for i in (0, *blocks[-1])) + widths[k] > width:
+            blocks.append([])
+        blocks[-1].append(k)
+    return [[0, *block] for block in blocks]
+
+
+def plural(number: int, noun: str) -> str:
+    """`1 request`, `2,000 requests`: a number of what has a regular plural."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def format_si(value: float | None, unit: str = "", digits: int = 3) -> str:

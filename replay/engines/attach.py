@@ -34,6 +34,12 @@ async def ask_models(base_url: str, model: str | None, timeout_s: float, api_key
             found = {str(card["id"]): card for card in cards}
             lengths = {name: card.get("max_model_len") for name, card in found.items()}
             simulated = any("simulated" in str(card.get("owned_by")) for card in cards)
+    except aiohttp.ClientConnectorCertificateError as error:
+        why = getattr(error.certificate_error, "verify_message", None) or error.certificate_error
+        raise ReplayError(
+            f"{base_url}: its certificate is not trusted ({why}); name a file with the certificate of who signed it in "
+            "the environment variable SSL_CERT_FILE"
+        ) from None
     except (aiohttp.ClientError, OSError, TimeoutError) as error:
         raise ReplayError(f"{base_url} cannot be reached ({_why(error)}); {_HINT}") from None
     except (ValueError, KeyError, TypeError, AttributeError):

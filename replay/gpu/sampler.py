@@ -23,7 +23,8 @@ from replay.clock import NS_PER_MS, NS_PER_S, now_ns
 from replay.gpu.base import PowerSource, Reading, open_power
 from replay.gpu.rapl import POWERCAP, CpuEnergy
 from replay.gpu.sensor_profiles import known_sensors
-from replay.rundir import CPU_ENERGY, POWER, PartWriter
+from replay.rundir import PartWriter
+from replay.tables import CPU_ENERGY, POWER
 from tracegen.errors import GpuError, WattraceError
 
 _UNKNOWN_PERIOD_NS = 100 * NS_PER_MS  # polled as if it were this where a sensor's period is not published
@@ -274,6 +275,8 @@ def _main(argv: list[str]) -> None:
             _Loop(gpus, [int(gpu) for gpu in indices.split(",")], Path(run_dir), host, cpu).run()
     except WattraceError as error:
         say({"error": str(error)})
+    except OSError as error:  # a full disk ends the run too, which says so
+        say({"error": f"{run_dir}: power cannot be written ({error.strerror or error})"})
 
 
 if __name__ == "__main__":

@@ -16,8 +16,8 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
-from replay.rundir import TRUTH
 from replay.sim.hardware import FloatArray, Hardware, Work
+from replay.tables import TRUTH
 from tracegen.errors import RunError
 
 IntArray = npt.NDArray[np.int64]

@@ -22,9 +22,10 @@ from replay.gpu.sim import SimBoard, SimGpus
 from replay.hold import hold
 from replay.live import Progress
 from replay.manifest import first_manifest, host
-from replay.plan import Plan, Router, RunOptions, check_by_priority, make_plan
+from replay.plan import Plan, RunOptions, check_by_priority, make_plan
 from replay.prepare import Prepared, check_settings, describe
-from replay.rundir import ARRIVALS, POWER, REQUESTS, REQUESTS_OPTIONAL, SEGMENTS, TRUTH, scan_table, write_manifest
+from replay.router import Router
+from replay.rundir import scan_table, write_manifest
 from replay.session import claim, clear
 from replay.sim.arguments import capped
 from replay.sim.blocks import RecordArray, mix
@@ -33,6 +34,7 @@ from replay.sim.hardware import Hardware
 from replay.sim.sensors import Ints
 from replay.sim.truth import shapley_truth
 from replay.sim.virtual import ARRIVAL, Output, VirtualEngines
+from replay.tables import ARRIVALS, POWER, REQUESTS, REQUESTS_OPTIONAL, SEGMENTS, TRUTH
 from replay.verdicts import validity
 from replay.virtual.judge import Judge
 from replay.virtual.node import Block, NodePower

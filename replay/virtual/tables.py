@@ -14,11 +14,11 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from replay.rundir import STEPS
 from replay.sim.compiled import compiled
 from replay.sim.state import DECODE
 from replay.sim.virtual import DONE, Output
 from replay.steps import SIM_STEP
+from replay.tables import STEPS
 from tracegen.schema import file_metadata
 
 Ints = npt.NDArray[np.int64]

@@ -31,7 +31,7 @@ def in_pieces(start_s, end_s, untils, duration_s):
         if known == done and not final:
             continue
         new = cut_times(start_s[done:known], end_s[done:known], cuts[-1], until_s, final=final)
-        cuts += new[1:]
+        cuts += new[1:].tolist()
         done = max(done, int(np.searchsorted((start_s + end_s) / 2, cuts[-1])))
     return cuts
 
@@ -40,7 +40,7 @@ def in_pieces(start_s, end_s, untils, duration_s):
 def test_cuts_do_not_depend_on_the_pieces_that_a_run_comes_in(steps, shares, after_s):
     start_s, end_s = times(steps)
     duration_s = float(end_s[-1]) + after_s
-    whole = cut_times(start_s, end_s, 0.0, duration_s, final=True)
+    whole = cut_times(start_s, end_s, 0.0, duration_s, final=True).tolist()
     assert in_pieces(start_s, end_s, sorted(share * duration_s for share in shares), duration_s) == whole
 
 
@@ -48,7 +48,7 @@ def test_cuts_do_not_depend_on_the_pieces_that_a_run_comes_in(steps, shares, aft
 def test_a_long_rest_is_a_block_of_its_own_and_no_step_is_cut(steps, after_s):
     start_s, end_s = times(steps)
     duration_s = float(end_s[-1]) + after_s
-    cuts = np.array(cut_times(start_s, end_s, 0.0, duration_s, final=True))
+    cuts = cut_times(start_s, end_s, 0.0, duration_s, final=True)
     assert (cuts[0], cuts[-1]) == (0.0, duration_s)
     assert (np.diff(cuts) > 0).all()
     inside = (cuts[:, None] > start_s + 1e-9) & (cuts[:, None] < end_s - 1e-9)

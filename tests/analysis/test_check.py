@@ -51,6 +51,65 @@ def test_a_sound_run_passes_and_says_that_it_is_simulated(run_of):
     json.dumps(check.document(), allow_nan=False)
 
 
+def test_power_that_no_board_draws_is_in_doubt_with_all_its_joules_and_no_figure_changes(run_of, rewrite):
+    run = run_of(**SMALL)
+    assert doubt(run, "board_power").status == "ok"
+    power = run.scan("power").collect().with_columns(
+        pl.lit(4_000_000_000, pl.UInt32).alias("power_instant_mw"),
+        pl.lit(None, pl.UInt32).alias("power_average_mw"),
+        pl.lit(None, pl.UInt64).alias("energy_mj"),
+    )  # fmt: skip
+    run = rewrite(run, power=power)
+    found = doubt(run, "board_power")
+    assert (found.status, found.joules) == ("doubt", ensure_energy(run).summary["measured_j"])
+    assert found.joules == pytest.approx(2 * 4e6 * ensure_energy(run).summary["window"]["duration_s"], rel=1e-3)
+    assert "a GPU drew 4,000,000 W in the mean" in found.why
+    assert "board_power" in {d.name for d in check_run(run).serious}
+
+
+def test_power_far_above_its_cap_is_in_doubt(run_of, rewrite):
+    run = run_of(**SMALL)
+    mean_w = ensure_energy(run).summary["measured_j"] / ensure_energy(run).summary["window"]["duration_s"] / 2
+    for cap_w, status in ((mean_w / 2.9, "ok"), (mean_w / 3.1, "doubt")):
+        run = rewrite(run, {"instances": [{**run.manifest["instances"][0], "power_cap_w": cap_w}]})
+        assert doubt(run, "board_power").status == status
+
+
+def test_why_a_request_has_no_energy_is_the_true_reason(run_of, rewrite):
+    """Idle power that takes everything, readings that end early, a record that was lost."""
+    run = run_of(**SMALL)
+    start, end = window(run)
+    power, segments = (run.scan(name).collect() for name in ("power", "segments"))
+    early = rewrite(run, power=power.filter(pl.col("t_ns") < (start + end) // 2))
+    summary = ensure_energy(early).summary
+    unread = early.scan("requests").filter(pl.col("sent_ns") >= summary["window"]["end_ns"]).collect().height
+    assert summary["requests_without_energy"] == {"unread": unread}
+    assert f"{unread} requests ran while no power was read: energy is null, not zero" in summary["notes"]
+    assert f"{unread} ran while no power was read" in doubt(early, "no_record").why
+    lost = rewrite(run, power=power, segments=segments.filter(pl.col("request_id") != segments["request_id"][0]))
+    summary = ensure_energy(lost).summary
+    assert summary["requests_without_energy"] == {"unrecorded": 1}
+    assert "1 request left no record of work: energy is null, not zero" in summary["notes"]
+    high = {"counter": 9900.0, "instant": 9900.0}
+    gpus = [{**gpu, "idle_power_w": high, "idle_power_after_w": high} for gpu in run.manifest["gpus"]]
+    idle = rewrite(run, {"gpus": gpus}, segments=segments)
+    reasons = ensure_energy(idle).summary["requests_without_energy"]
+    assert set(reasons) <= {"idle"}
+    assert sum(reasons.values()) == ensure_energy(idle).requests["energy_j"].null_count()
+
+
+def test_where_nobody_has_energy_another_clock_is_suspected(run_of, rewrite):
+    run = run_of(**SMALL)
+    times = ["scheduled_ns", "sent_ns", "headers_ns", "first_token_ns", "last_token_ns", "done_ns"]
+    requests = run.scan("requests").with_columns(pl.col(times) + 3600 * NS).collect()
+    steps = run.scan("steps").with_columns(pl.col("start_ns", "end_ns") + 3600 * NS).collect()
+    run = rewrite(run, requests=requests, steps=steps)
+    found = doubt(run, "no_record")
+    assert found.joules == ensure_energy(run).summary["measured_j"]
+    assert f"{requests.height} ran while no power was read, so that nobody has energy" in found.why
+    assert "another clock" in found.why
+
+
 def test_drifting_idle_power_counts_half_its_difference_all_the_time(run_of, rewrite):
     run = run_of(**SMALL)
     gpus = [{**g, "idle_power_after_w": {"counter": 120.0}} for g in run.manifest["gpus"]]
@@ -66,7 +125,7 @@ def test_idle_power_that_is_missing_after_the_run_is_trusted_to_two_per_cent(run
     start, end = window(run)
     found = doubt(run, "idle_baseline")
     assert found.joules == pytest.approx(0.02 * 200.0 * (end - start) / NS, rel=1e-9)
-    assert "2 of 2 GPUs have none after the run" in found.why
+    assert "none after the run for 2 of 2 GPUs" in found.why
     assert doubt(run, "idle_drift").status == "unknown"
 
 

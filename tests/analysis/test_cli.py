@@ -81,6 +81,34 @@ def test_the_tables_for_people(cli, run_of):
     assert "SIMULATED  A: a" in out
 
 
+def test_everything_fits_a_terminal_of_80_columns_and_is_whole_without_one(cli, run_of, terminal, monkeypatch):
+    monkeypatch.chdir(run_of("a").path.parent)  # else paths are wider than anything
+    run_of("b", law="soft")
+    for args in (
+        ["energy", "a"], ["check", "a"], ["buckets", "a"], ["methods", "a"], ["latency", "a", "--by", "bucket"],
+        ["latency", "a", "--by", "window", "--window", "10s"], ["compare", "a", "b"],
+        ["query", "a", "SELECT * FROM requests LIMIT 1"],
+    ):  # fmt: skip
+        whole = cli(*args)[1]
+        lines = terminal(lambda args=args: cli(*args))
+        assert max(map(len, lines)) <= 80, args[0]
+        assert set(" ".join(lines).split()) >= set(whole.split()), args[0]  # broken at words, and none is lost
+    assert max(map(len, whole.splitlines())) > 200, "one row of all columns"
+
+
+def test_whose_joules_they_are_is_said_wherever_there_are_joules(cli, run_of):
+    a, b = run_of("a"), run_of("b", law="soft")
+    for scope in ("gpu", "node"):
+        for run in (a, b):
+            assert f", scope {scope}" in cli("energy", run.path, "--scope", scope)[1].splitlines()[0]
+        assert f"scope {scope}" in cli("buckets", a.path)[1]
+        assert f" W (scope {scope})" in cli("latency", a.path)[1]
+        assert cli("compare", a.path, b.path)[1].count(f"scope {scope}") == 2
+        _, out, err = cli("query", a.path, "SELECT scope, measured_j FROM runs")
+        assert scope in out
+        assert ("every sampled GPU" in err) == (scope == "node")
+
+
 def test_what_was_asked_for_by_another_method_is_not_written_over(cli, run_of):
     run = run_of("a")
     assert cli("energy", run.path, "--method", "equal-time")[0] == 0

@@ -9,7 +9,7 @@ import pytest
 
 from analysis.cli import main
 from analysis.energy import attribute
-from replay.rundir import CPU_ENERGY, POWER
+from replay.tables import CPU_ENERGY, POWER
 
 VALUES = [name for name in POWER if name not in {"t_ns", "host", "gpu"}]
 

@@ -133,7 +133,7 @@ def test_lost_segments_are_other_and_their_requests_null(run_of, rewrite):
     assert lost["energy_j"].to_list() == [None]
     expected_j = plain.requests.filter(pl.col("request_id") == 105)["energy_j"][0]
     assert energy.summary["other_j"] == pytest.approx(expected_j, rel=1e-6)
-    assert "1 requests left no record" in energy.summary["notes"][0]
+    assert "1 request left no record" in energy.summary["notes"][0]
 
 
 def test_a_request_that_failed_before_any_step_cost_nothing(run_of, rewrite):

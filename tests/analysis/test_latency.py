@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from polars.testing import assert_frame_equal
 
+from analysis.doubts import check_run
 from analysis.gaps import RELATIVE_ERROR, GapHistogram, token_gaps
 from analysis.latency import latency_exprs
 from analysis.requests import request_table
@@ -16,6 +17,7 @@ from analysis.saved import RunEnergy, ensure_energy
 from analysis.serving import METRICS, PERCENTILES, Question, parse_percentiles, serving
 from analysis.serving_text import group_rows, latency_rows, sentences
 from analysis.slo import DEFAULT_SLO, PROFILES, Slo, parse_goodput, parse_slo, split_goodput
+from replay import verdicts
 from replay.rundir import PartWriter
 from tracegen.errors import AnalysisError, RunError
 
@@ -38,6 +40,26 @@ def test_latencies_follow_their_definitions_and_are_null_where_a_time_is():
     assert frame["ttft_from_schedule_ms"].to_list() == [52.0, 52.0, None]
     assert frame["e2el_from_schedule_ms"].to_list() == [142.0, 52.0, None]
     assert frame["dispatch_lag_ms"].to_list() == [2.0, 2.0, 2.0]
+
+
+def test_dispatch_lag_is_the_same_figure_to_the_run_itself_and_to_whoever_asks_later(run_of, rewrite):
+    """Percentiles between neighbours, over all that were sent, failed ones too."""
+    run = run_of()
+    requests = run.scan("requests").collect().with_row_index("row")
+    late_ns = (pl.col("row") ** 2).cast(pl.Int64) * 20_000
+    requests = requests.with_columns(
+        (pl.col("scheduled_ns") - late_ns).alias("scheduled_ns"),
+        pl.when(pl.col("row") % 3 == 0).then(pl.lit("timeout")).otherwise("status").alias("status"),
+    ).drop("row")
+    run = rewrite(run, requests=requests)
+    verdict = verdicts.dispatch_lag(requests)
+    found = serving(run, ensure_energy(run)).whole["dispatch_lag_ms_p99"]
+    assert found == pytest.approx(verdict.value, rel=1e-9)
+    lag_ms = (requests["sent_ns"] - requests["scheduled_ns"]).to_numpy() / 1e6
+    assert found == pytest.approx(np.quantile(lag_ms, 0.99), rel=1e-9)
+    (doubt,) = (d for d in check_run(run).doubts if d.name == "dispatch_lag")
+    assert f"p99 {verdict.value:.2f} ms" in doubt.why
+    assert f"p99 {verdict.value:.2f} ms" in verdict.why
 
 
 def test_a_chunk_of_several_tokens_is_several_gaps_and_one_without_tokens_none():

@@ -115,7 +115,7 @@ def test_it_is_the_step_with_the_request_less_the_step_without_at_the_steps_own_
             rest = (steps.work[k] - own)[None, :]
             alone = steps.requests[k] == 1
             expected_j += step_j[k] - (0.0 if alone else model.energy_j(rest, idle_w[:1], pace[k : k + 1])[0])
-        # What steps cost is looked up between nodes (`analysis.game.NODES_PER_E`).
+        # What steps cost is looked up between nodes (`analysis.game.NODES_PER_OCTAVE`).
         assert shares.energy_j[i] == pytest.approx(expected_j, rel=1e-6)
     assert shares.energy_j.sum() + shares.unlisted_j == pytest.approx(step_j.sum(), rel=1e-12)
 

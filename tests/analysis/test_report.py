@@ -6,7 +6,7 @@ from html.parser import HTMLParser
 import polars as pl
 import pytest
 
-from analysis.report import headlines, render_report, write_report
+from analysis.report import headlines, render_report, subjects_of, write_report
 from analysis.saved import ensure_energy
 from tracegen.errors import AnalysisError
 
@@ -71,6 +71,28 @@ def test_simulated_is_said_on_its_face_and_only_where_it_is_so(run_of, rewrite):
     assert "SIMULATED" not in Page(rendered(measured)).text
 
 
+def test_failed_verdicts_and_doubts_stand_above_the_answer(run_of, rewrite):
+    run = run_of()
+    assert "verdict of its own" not in Page(rendered(run)).text
+    late = {"name": "dispatch_lag", "ok": False, "value": 33.25, "bound": 10.0, "why": "p99 33.25 ms after schedule"}
+    agree = {"name": "counter_agrees", "ok": True, "value": 0.0123, "bound": 0.05, "why": ""}
+    high = {"counter": 300.0, "instant": 300.0}
+    gpus = [{**gpu, "idle_power_w": high} for gpu in run.manifest["gpus"]]
+    text = Page(rendered(rewrite(run, {"verdicts": [late, agree], "gpus": gpus}))).text
+    failed, doubt, answer = (
+        text.index(said)
+        for said in (
+            "run failed 1 verdict of its own: dispatch_lag (p99 33.25 ms after schedule)",
+            "run: the attribution is in doubt, by more than 5 % of the measured energy: ",
+            "A request cost",
+        )
+    )
+    assert failed < doubt < answer
+    assert "idle_drift (" in text[doubt:answer]
+    assert "33.25 ms 10 ms" in text, "value and bound of a verdict have units"
+    assert "1.23 % 5 %" in text
+
+
 def test_hostile_texts_stay_texts(run_of, rewrite):
     evil = '<script>alert("x")</script><img src="http://evil.example/a.png">'
     run = run_of("plain")
@@ -87,11 +109,11 @@ def test_hostile_texts_stay_texts(run_of, rewrite):
 def test_headlines_follow_from_the_tables(run_of):
     run = run_of()
     known = ensure_energy(run)
-    page = Page(render_report([run], [known], "t"))
+    text = " ".join(headlines(subjects_of([run], [known])))
     mean_j = known.requests["energy_j"].mean()
-    assert f"A request cost {mean_j:.3g} J on average" in page.text
+    assert f"A request cost {mean_j:.3g} J on average" in text
     share = known.requests["prefill_j"].sum() / known.requests["energy_j"].sum()
-    assert f"{100 * share:.1f} % of it prefill" in page.text
+    assert f"{100 * share:.1f} % of it prefill" in text
 
 
 def test_two_runs_are_compared_in_the_headline(run_of):
@@ -99,16 +121,17 @@ def test_two_runs_are_compared_in_the_headline(run_of):
     dear = ensure_energy(a)
     summary = dear.summary | {"measured_j": 1.5 * dear.summary["measured_j"]}
     dear = replace(dear, requests=dear.requests.with_columns(pl.col("energy_j") * 1.5), summary=summary)
-    page = Page(render_report([a, b], [dear, ensure_energy(b)], "t"))
-    assert "b used least" in page.text
-    assert "one run each, with 95 % intervals: J/request" in page.text
+    text = " ".join(headlines(subjects_of([a, b], [dear, ensure_energy(b)])))
+    assert "b used least" in text
+    assert "one run each, with 95 % intervals: J/request" in text
 
 
 def test_runs_that_cannot_be_told_apart_are_not_ranked(run_of):
     for other in ({}, {"law": "soft"}):  # the same again; and another that differs by less than chance
-        page = Page(rendered(run_of(f"a{len(other)}"), run_of(f"b{len(other)}", **other)))
-        assert "cannot be told apart by their energy" in page.text
-        assert "used least" not in page.text
+        runs = [run_of(f"a{len(other)}"), run_of(f"b{len(other)}", **other)]
+        text = " ".join(headlines(subjects_of(runs, [ensure_energy(run) for run in runs])))
+        assert "cannot be told apart by their energy" in text
+        assert "used least" not in text
 
 
 def test_a_run_without_energy_is_reported_with_the_reason(run_of, rewrite):

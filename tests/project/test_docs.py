@@ -10,7 +10,7 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from replay import rundir
+from replay import tables
 from tracegen.schema import TRACE, TRACE_OPTIONAL
 
 ROOT = Path(__file__).parents[2]
@@ -18,14 +18,14 @@ DOCS = ROOT / "docs"
 COMMANDS = ("tracegen", "replay", "analysis")
 TABLES = {
     "trace": {**TRACE, **TRACE_OPTIONAL},
-    "requests": {**rundir.REQUESTS, **rundir.REQUESTS_OPTIONAL},
-    "steps": rundir.STEPS,
-    "segments": rundir.SEGMENTS,
-    "arrivals": rundir.ARRIVALS,
-    "power": rundir.POWER,
-    "cpu_energy": rundir.CPU_ENERGY,
-    "server_metrics": rundir.SERVER_METRICS,
-    "truth": rundir.TRUTH,
+    "requests": {**tables.REQUESTS, **tables.REQUESTS_OPTIONAL},
+    "steps": tables.STEPS,
+    "segments": tables.SEGMENTS,
+    "arrivals": tables.ARRIVALS,
+    "power": tables.POWER,
+    "cpu_energy": tables.CPU_ENERGY,
+    "server_metrics": tables.SERVER_METRICS,
+    "truth": tables.TRUTH,
 }
 
 

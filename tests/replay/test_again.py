@@ -111,12 +111,17 @@ def test_the_lines_that_made_a_trace_make_it_again(tmp_path, monkeypatch):
         "tracegen scale first.parquet --rate 2.5 --seed 4 -o second.parquet",
         "tracegen slice second.parquet --start 1500ms --duration 60s -o third.parquet",
         "tracegen import azure azure.csv --label conv --skip-bad -o fourth.parquet",
+        (
+            "tracegen import table azure.csv --label mine --limit 50 --map "
+            "arrival=TIMESTAMP,input=ContextTokens,output=GeneratedTokens --time-unit iso -o fifth.parquet"
+        ),
     ]
     command = typer.main.get_command(tracegen.cli.app)
     for line in made:
         command.main(shlex.split(line)[1:], standalone_mode=False)
     assert tracegen_commands(read_metadata("third.parquet"), "third.parquet") == made[:3]
-    assert tracegen_commands(read_metadata("fourth.parquet"), "fourth.parquet") == made[3:]
+    assert tracegen_commands(read_metadata("fourth.parquet"), "fourth.parquet") == made[3:4]
+    assert tracegen_commands(read_metadata("fifth.parquet"), "fifth.parquet") == made[4:]
 
 
 def test_a_trace_that_does_not_say_how_it_was_made_has_no_lines():

@@ -37,7 +37,8 @@ def test_the_library_takes_what_the_command_takes():
     """Each option has its field in RunOptions, but for those that say how to print."""
     (run,) = [command for path, command in ALL if path == ("run",)]
     renamed = {
-        "freq": "freq_mhz", "duration": "duration_ns", "ramp": "ramp_ns", "ignore_eos": "exact",
+        "freq": "freq_mhz", "duration": "duration_ns", "ramp": "ramp_ns", "warmup": "warmup_ns",
+        "ignore_eos": "exact",
         "max_rate": "max_rate_rps", "idle": "idle_ns", "vllm_arg": "vllm_args", "power_cap": "power_cap_w",
         "ready_check_timeout_sec": "ready_timeout_s", "request_timeout_sec": "request_timeout_s",
     }  # fmt: skip
@@ -96,7 +97,9 @@ SIM = ("--engine", "sim")
         (("trace.parquet", *SIM, "--port", "TAKEN"), "Address already in use"),
         (("trace.parquet", *SIM, "--port", "99999"), "--port 99999"),
         (("trace.parquet", *SIM, "--duration", "soon"), "'soon' is not a duration"),
-        (("trace.parquet", *SIM, "--idle", "-1s"), "'-1s' is not a duration"),
+        (("trace.parquet", *SIM, "--duration", "0s"), "--duration '0s' is not a duration"),
+        (("trace.parquet", *SIM, "--idle", "-1s"), "--idle '-1s' is not a duration"),
+        (("trace.parquet", *SIM, "--warmup", "1m"), "--warmup 1m: the last request is due after 100ms"),
         (("trace.parquet", *SIM, "--num-prompts", "0"), "Invalid value for '--num-prompts'"),
         (("trace.parquet", *SIM, "--max-rate", "0"), "--max-rate 0: must be above 0"),
         (("trace.parquet", *SIM, "--max-rate", "nan"), "--max-rate nan: must be above 0"),

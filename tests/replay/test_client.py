@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from replay.stream import EventStream, Record
+from replay.tally import Tally
 
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nConnection: close\r\n\r\n"
 DONE = b"data: [DONE]\n\n"
@@ -122,6 +123,30 @@ def test_usage_at_the_end_alone_leaves_the_tokens_of_chunks_unknown(exchange):
     assert (row.status, row.output_tokens, row.input_tokens, row.cached_tokens) == ("ok", 3, 7, 0)
     assert row.chunk_tokens is None
     assert len(row.chunk_ns) == 2, "an empty text bears no token"
+
+
+def test_usage_at_the_end_counts_chunks_where_there_were_as_many_as_tokens(exchange):
+    row, _ = exchange(HEAD, event(), event(), event(finish="length"), closing(3), DONE)
+    assert (row.status, row.output_tokens, counts(row)) == ("ok", 3, [1, 1, 1])
+    assert len(row.chunk_ns) == 3
+
+
+@pytest.mark.parametrize(
+    ("events", "told"),
+    [
+        ([event(), event(finish="length"), closing(2)], 1),
+        ([event(), event(finish="length"), closing(3)], 0),
+        ([event(completion=1), event(completion=2, finish="length")], 0),
+    ],
+)
+def test_a_worker_tells_how_many_answers_chunks_were_counted_for(events, told):
+    row, tally = record(), Tally()
+    stream = EventStream(row)
+    for data in [*events, DONE]:
+        stream.feed(data, 1)
+    stream.judge()
+    tally.end(row)
+    assert tally.message([])["by_chunks"] == told
 
 
 def test_usage_on_the_finishing_chunk_is_no_token_of_its_own():
@@ -288,6 +313,15 @@ def test_an_answer_that_is_no_stream_is_an_error(exchange):
     assert row.status == "stream_error"
 
 
-def test_bytes_that_are_no_http_are_an_error(exchange):
-    row, _ = exchange(b"SSH-2.0-OpenSSH\r\n\r\n")
-    assert row.status == "connect_error"
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (b"SSH-2.0-OpenSSH\r\n\r\n", "b'SSH-2.0-OpenSSH'"),
+        (b"\x15\x03\x01\x00\x02\x02F", r"b'\x15\x03\x01\x00\x02\x02F'"),  # a server that wants TLS
+        (b"<" * 100, repr(b"<" * 40)),
+    ],
+)
+def test_bytes_that_are_no_http_are_shown(exchange, data, said):
+    row, _ = exchange(data)
+    assert (row.status, row.http_status, row.error) == ("http_error", None, f"not HTTP: {said}")
+    assert row.done_ns is not None

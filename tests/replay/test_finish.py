@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from replay.finish import merge_segments
-from replay.rundir import SEGMENTS
+from replay.tables import SEGMENTS
 
 ORDER = ["instance", "request_id", "first_step", "kind", "tokens_per_step", "context_start", "last_step"]
 

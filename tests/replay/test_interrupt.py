@@ -92,6 +92,7 @@ def test_a_second_ctrl_c_ends_at_once_and_leaves_no_process(start, processes, un
     process.communicate(timeout=60)
     assert process.returncode == 130
     assert shown.rindex("\x1b[?25h") > shown.rindex("\x1b[?25l"), "the cursor is shown again"
+    assert "ended at once; 'replay check' says what is on record" in shown.splitlines()[-1]
     # The holder restores the clocks before it ends (test_clocks.py); the board goes with the run.
     until(lambda: not processes(run_dir))
     assert Run.open(run_dir).manifest["state"] == "interrupted"

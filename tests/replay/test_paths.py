@@ -79,6 +79,7 @@ class Server:
             started.set()
             async with server:
                 await stop.wait()
+            await asyncio.sleep(0.01)  # who was let in at the last moment is handled too
             for handler in handlers:
                 handler.cancel()
             await asyncio.gather(*handlers, return_exceptions=True)
@@ -158,6 +159,23 @@ def test_a_request_that_meets_a_broken_connection_is_sent_again_on_a_new_one(sen
         rows = send_rows("fast", server.url, [(0, 3, 3), (100, 3, 3)]).run()
     assert [row.status for row in rows] == ["ok", "ok"]
     assert [b"X-Request-Id: 43" in head for head in server.heads] == [False, True, True]
+
+
+@BOTH
+def test_who_finds_nobody_where_a_server_had_answered_says_that_it_went_away(send_rows, kind, until):
+    rows = []
+    with Server(lambda *_: good()) as server:
+        sending = send_rows(kind, server.url, [(0, 3, 3), (1500, 3, 3), (1510, 3, 3)])
+        thread = threading.Thread(target=lambda: rows.extend(sending.run()))
+        thread.start()
+        until(lambda: sending.path.tally.ended)
+    thread.join()
+    assert [row.status for row in rows] == ["ok", "connect_error", "connect_error"]
+    assert [row.error for row in rows[1:]] == ["the server went away: Connection refused"] * 2
+    assert sending.path.tally.gone == 2
+    never = send_rows(kind, server.url, [(0, 3, 3)])
+    assert not never.run()[0].error.startswith("the server went away"), "it never was there"
+    assert never.path.tally.gone == 0
 
 
 @BOTH

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from replay import plan as plan_module
 from replay.engines.vllm import DEFAULT_MODEL
-from replay.plan import LEAST_LOADED, Router, RunOptions, fit_lengths, make_plan
+from replay.plan import RunOptions, fit_lengths, make_plan
+from replay.router import LEAST_LOADED, Router
 from tracegen.errors import GpuError, ReplayError, TraceError, WattraceError
 
 URL = "http://127.0.0.1:9"
@@ -292,3 +293,20 @@ def test_time_may_be_stretched_and_the_rate_may_rise(make_trace, tmp_path):
     assert counts[4:] == [10, 10]
     with pytest.raises(ReplayError, match="--time-scale 0: must be above 0"):
         make_plan(RunOptions(trace, engine="sim", time_scale=0.0))
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({"ramp_ns": 4 * 10**9}, "--ramp 4s: the last request is due after 2.683s, before the rate is the trace's own"),
+        ({"warmup_ns": 10**9}, "--warmup 1s: the last request is due after 900ms, so nothing would be measured"),
+        ({"think_time": True}, "trace.parquet: no request waits for another .* --think-time would change nothing"),
+        ({"virtual": True, "warmup_ns": 10**8}, "--warmup with --virtual: nothing warms up there"),
+    ],
+)
+def test_what_would_change_nothing_or_leave_nothing_is_refused(make_trace, tmp_path, options, why):
+    turns = {"parent_id": pl.Series([None] * 10, dtype=pl.UInt64), "think_ns": pl.Series([None] * 10, dtype=pl.Int64)}
+    trace = make_trace(tmp_path / "trace.parquet", [(i * 100, 10, 1) for i in range(10)], **turns)
+    with pytest.raises(ReplayError, match=why):
+        make_plan(RunOptions(trace, engine="sim", **options))
+    assert make_plan(RunOptions(trace, engine="sim", ramp_ns=10**9, warmup_ns=9 * 10**8)).trace.height == 10

@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 from replay import reqlog
 from replay.compaction import compact_requests
 from replay.metrics import parse_metrics
-from replay.records import RecordStore, check_space, left_over, recover, to_frame
+from replay.records import RecordStore, check_space, left_over, recover, to_table
 from replay.reqlog import RequestLog, files, pack, unpack
-from replay.rundir import REQUESTS, REQUESTS_OPTIONAL, STATUSES, scan_table, write_manifest
+from replay.rundir import scan_table, write_manifest
 from replay.stream import Record
+from replay.tables import REQUESTS, REQUESTS_OPTIONAL, STATUSES
 from tracegen.errors import ReplayError
 
 COUNTS = st.none() | st.integers(0, 2**32 - 1)
@@ -46,7 +47,7 @@ def stored(run_dir):
 
 @pytest.mark.parametrize("save_chunks", [True, False])
 def test_a_frame_has_the_tables_columns_and_nulls_where_nothing_was_reached(save_chunks):
-    frame = to_frame([record(7), Record(2**64 - 1, 0, 5, 9)], save_chunks=save_chunks)
+    frame = pl.DataFrame(to_table([record(7), Record(2**64 - 1, 0, 5, 9)], save_chunks=save_chunks))
     assert frame.schema == pl.Schema({**REQUESTS, **(REQUESTS_OPTIONAL if save_chunks else {})})
     assert frame["request_id"].to_list() == [7, 2**64 - 1]
     last = frame.row(1, named=True)
@@ -82,7 +83,7 @@ def test_a_record_comes_out_of_its_frame_as_it_went_in(row, chunks, counted):
         row.chunk_tokens = None
     (read,), rest = unpack(pack(row))
     assert rest == 0
-    assert to_frame([read]).equals(to_frame([row]))
+    assert to_table([read]).equals(to_table([row]))
 
 
 def test_the_log_knows_every_status():
@@ -195,7 +196,7 @@ def test_the_whole_table_is_sorted_and_loses_nothing(tmp_path_factory, seconds):
         return
     assert (run_dir / "requests.parquet").is_file()
     table = scan_table(run_dir, "requests").collect()
-    assert table.rows() == to_frame(rows).sort("scheduled_ns", "request_id").rows()
+    assert table.rows() == pl.DataFrame(to_table(rows)).sort("scheduled_ns", "request_id").rows()
 
 
 def test_a_disk_that_is_too_small_is_told_before_the_start(tmp_path):

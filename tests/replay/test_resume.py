@@ -13,8 +13,9 @@ from replay.gpu.sim import SimBoard, SimGpus
 from replay.hold import held, hold
 from replay.plan import RunOptions
 from replay.resume import begin_stretch, end_stretch, resumed_options, take_up
-from replay.rundir import TABLES, Run, has_table, write_manifest
+from replay.rundir import Run, has_table, write_manifest
 from replay.sim.profile import load_profile
+from replay.tables import TABLES
 from replay.whole import check
 from tracegen.errors import ReplayError, RunError
 from tracegen.schema import write_parquet
@@ -47,7 +48,7 @@ def test_what_is_left_is_what_has_no_ended_record(cut_short):
     taken = take_up(cut_short.path)
     assert taken.remaining["request_id"].to_list() == list(range(110, 124))
     assert (taken.recorded, taken.unanswered) == (10, 2)
-    assert taken.news == "going on: 10 requests are on record, 14 are left, 2 of them sent before and not answered"
+    assert taken.news == "going on: 10 requests on record, 14 left, 2 of them sent before and not answered"
     assert taken.first_steps == {0: before["steps"]["step"].max() + 1}
     last = before["power"].filter(pl.col("gpu") == 3).sort("t_ns")[-1]
     assert taken.counters[3] == (last["t_ns"].item(), last["energy_mj"].item())
@@ -154,6 +155,43 @@ def test_what_cannot_go_on_is_refused(cut_short, tmp_path, monkeypatch):
     assert "it was booted since" in refusal(stretches=[{**stretch, "boot_id": None}])
     with pytest.raises(RunError, match="no such run directory"):
         resumed_options(RunOptions(Path(), resume=tmp_path / "none"))
+
+
+@pytest.fixture
+def not_begun(make_trace, replay, plain_server, tmp_path):
+    """A run directory as a SIGKILL leaves it before the first request is due."""
+    trace = make_trace(tmp_path / "trace.parquet", [(i * 50, 10, 2) for i in range(6)])
+    run = Run.open(replay(trace, engine=plain_server, output=tmp_path / "run", num_prompts=4))
+    for name in ("requests", "server_metrics"):
+        (run.path / f"{name}.parquet").unlink(missing_ok=True)
+    (run.path / ".shards").mkdir()
+    (run.path / "requests.log").mkdir()
+    told = {"measure_start_ns", "measure_end_ns", "stretches", "requests", "valid", "invalid_because"}
+    kept = {key: value for key, value in run.manifest.items() if key not in told}
+    write_manifest(run.path, {**kept, "state": "starting", "verdicts": []})
+    return Run.open(run.path)
+
+
+def test_a_run_that_was_killed_before_a_request_was_due_begins_anew(not_begun, replay):
+    found = check(not_begun.path)
+    (why,) = [finding["why"] for finding in found["wholeness"] if finding["name"] == "state"]
+    assert why.endswith(f"no request was due yet: 'replay run --resume {not_begun.path}' begins it anew")
+    assert replay(Path(), resume=not_begun.path) == not_begun.path
+    run = Run.open(not_begun.path)
+    assert run.manifest["run_id"] != not_begun.manifest["run_id"]
+    assert run.manifest["state"] == "complete"
+    assert run.scan("requests").collect()["status"].to_list() == ["ok"] * 4, "with the options that it was asked with"
+    assert check(run.path)["whole"]
+
+
+def test_nothing_is_removed_where_a_run_cannot_begin_anew(not_begun):
+    before = sorted(not_begun.path.rglob("*"))
+    with hold(not_begun.path), pytest.raises(ReplayError, match="another replay is still writing there"):
+        resumed_options(RunOptions(Path(), resume=not_begun.path))
+    Path(not_begun.manifest["arguments"]["trace"]).unlink()
+    with pytest.raises(ReplayError, match=r"no request was due yet, and .* is not there to begin it anew"):
+        resumed_options(RunOptions(Path(), resume=not_begun.path))
+    assert sorted(not_begun.path.rglob("*")) == before
 
 
 def refusal_of_arguments(run):

@@ -14,10 +14,11 @@ from analysis.evaluate import evaluate
 from replay.caps import Caps
 from replay.live import QuietProgress
 from replay.plan import RunOptions
-from replay.rundir import STATUSES, TABLES, PartWriter, Run
+from replay.rundir import PartWriter, Run
 from replay.session import run
 from replay.show import lines
 from replay.summary import summarize
+from replay.tables import STATUSES, TABLES
 from replay.workers import WorkerBugError
 from tracegen.errors import ReplayError
 from tracegen.schema import file_sha256, read_trace
@@ -30,7 +31,7 @@ MANIFEST_KEYS = {
     "workers", "clock_anchors", "trace_sha256", "arguments", "seed", "versions", "verdicts",
 }  # fmt: skip
 INSTANCE_KEYS = {"instance", "host", "gpus", "tp", "freq_mhz", "power_cap_w", "model", "max_model_len"}
-OF_EVERY_RUN = set(TABLES) - {"cpu_energy"}  # that one is asked for
+OF_EVERY_RUN = set(TABLES) - {"cpu_energy", "warmup"}  # these are asked for
 GPU_KEYS = {"host", "gpu", "uuid", "name", "idle_power_w", "idle_power_after_w", "sensors"}
 
 
@@ -337,7 +338,7 @@ def test_a_full_disk_ends_the_run_in_one_line_and_what_was_written_stays(make_tr
         if self._table == "requests":
             if written:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            written.append(frame.height)
+            written.append(len(frame))
         append(self, frame, number)
 
     monkeypatch.setattr(PartWriter, "append", fill)

@@ -14,9 +14,11 @@ from hypothesis import strategies as st
 import replay.cli
 from replay.counters import counted_j
 from replay.gaps import GapHistogram
-from replay.rundir import REQUESTS_OPTIONAL, Run, write_manifest
+from replay.hold import hold
+from replay.rundir import Run, write_manifest
 from replay.show import lines
 from replay.summary import summarize
+from replay.tables import REQUESTS_OPTIONAL
 from replay.whole import check
 from tracegen.errors import RunError
 from tracegen.schema import write_parquet
@@ -39,14 +41,15 @@ def test_the_screen_says_what_was_run_and_ends_with_whether_it_is_valid(copy):
     good = [{"name": "open_loop", "ok": True, "value": None, "bound": None, "why": "kept"}]
     text = shown(copy, verdicts=good, client_error=ERROR)
     assert text[0].startswith("SIMULATED  complete: 24 of 24 requests ok in ")
-    what = "trace.parquet on llama-2-70b, dgx-h100, TP 8, GPUs 0,1,2,3,4,5,6,7, 1200 MHz"
-    assert text[1].startswith(f"run     {what}; 20")
-    assert text[2] == "status  24 ok"
-    assert text[3].startswith("rate    asked for 7.692 requests/s, sent 7.")
+    assert text[1].startswith("run     trace.parquet on llama-2-70b; 20")
+    assert text[2] == "node    dgx-h100, TP 8, GPUs 0-7, 1200 MHz"
+    assert text[3] == "status  24 ok"
+    assert text[4].startswith("rate    asked for 7.692 requests/s, sent ")
+    assert max(map(len, text)) <= 100
     beside = {line.split()[0] for line in text if line.endswith("±0.02 ms")}
     assert beside == {"TTFT", "ITL"}
     late = "p50 0.004 ms, p99 0.021 ms, max 1.500 ms"
-    assert f"client  its own part in TTFT and ITL is {late} at most, by kernel stamps" in text
+    assert f"client  adds at most {late} to TTFT and ITL (kernel stamps)" in text
     unknown = shown(copy, verdicts=good, client_error={"ttft_ms": None, "source": "kernel stamps"})
     assert not any(line.startswith("client") for line in unknown)
     assert text[-2:] == ["  ok    open_loop       kept", "valid: no bound is broken"]
@@ -65,19 +68,39 @@ def test_a_run_that_was_killed_is_shown_as_far_as_it_is_on_record(copy):
     assert (summary["requests_planned"], summary["requests_ok"], summary["valid"]) == (24, 10, None)
     assert summary["seconds"] == pytest.approx((last_ns - copy.manifest["measure_start_ns"]) / S)
     text = lines(summary)
+    assert text[0].startswith("SIMULATED  killed: 10 of 24 requests ok in ")
+    assert text[3] == "status  10 ok, 14 without a record"
+    again = f"'replay run --resume {copy.path}' goes on"
+    assert text[-1] == f"not judged: the run was killed (state: running); {again}"
+    with hold(copy.path):
+        text = lines(summarize(copy.path))
     assert text[0].startswith("SIMULATED  running: 10 of 24 requests ok in ")
-    assert text[2] == "status  10 ok, 14 without a record"
-    assert text[-1] == f"not judged: the run has not ended (state: running); see 'replay check {copy.path}'"
+    assert text[-1] == "not judged: the run goes on (state: running)"
+
+
+def test_an_answer_of_another_length_is_in_the_latencies(copy):
+    whole = summarize(copy.path)
+    other = pl.when(pl.col("request_id") > 110).then(pl.lit("length_mismatch")).otherwise("status")
+    requests = copy.scan("requests").with_columns(status=other).collect()
+    write_parquet(requests.to_arrow(compat_level=pl.CompatLevel.oldest()), copy.path / "requests.parquet")
+    summary = summarize(copy.path)
+    for name in ("ttft_ms", "itl_ms", "tpot_ms", "e2el_ms", "output_tokens"):
+        assert summary[name] == whole[name]
+    assert summary["requests_ok"] == 11
+    assert "status  13 length_mismatch (answered: in the latencies), 11 ok" in lines(summary)
 
 
 def test_a_run_that_only_starts_is_shown_too(copy):
     for table in copy.path.glob("*.parquet"):
         table.unlink()
-    keys = {"measure_start_ns", "measure_end_ns", "requests", "valid"}
-    write_manifest(copy.path, {**{k: v for k, v in copy.manifest.items() if k not in keys}, "state": "starting"})
+    keys = {"measure_start_ns", "measure_end_ns", "requests", "valid", "stretches"}
+    kept = {k: v for k, v in copy.manifest.items() if k not in keys}
+    write_manifest(copy.path, {**kept, "state": "starting", "verdicts": []})
     text = lines(summarize(copy.path))
-    assert text[0] == "SIMULATED  starting: 0 of ? requests ok, not begun"
+    assert text[0] == "SIMULATED  killed: 0 of ? requests ok, the run has not begun"
     assert "energy  not measured: the run has not begun" in text
+    anew = f"no request was due yet: 'replay run --resume {copy.path}' begins it anew"
+    assert text[-1] == f"not judged: the run was killed (state: starting); {anew}"
 
 
 def test_what_another_program_made_is_refused_in_one_line(tmp_path):

@@ -8,10 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from replay.rundir import SEGMENTS, STEPS, scan_table
+from replay.rundir import scan_table
 from replay.sim.scheduler import Request, Scheduler
 from replay.sim.state import Limits
 from replay.steps import SIM_STEP, StepWriter
+from replay.tables import SEGMENTS, STEPS
 from tracegen.errors import ReplayError
 
 

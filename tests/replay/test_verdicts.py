@@ -5,7 +5,7 @@ import polars as pl
 import pytest
 
 from replay import verdicts
-from replay.rundir import POWER, REQUESTS, SEGMENTS, STEPS
+from replay.tables import POWER, REQUESTS, SEGMENTS, STEPS
 
 MS = 1_000_000
 S = 1_000_000_000
@@ -86,6 +86,12 @@ def test_error_rate_counts_what_was_not_answered_in_full_and_names_it():
     assert (bad.ok, bad.value, bad.why) == (False, 0.8, "1 of 5 requests ok: 2 timeout, 2 not sent")
 
 
+def test_one_request_is_no_plural_and_none_is_no_share():
+    assert verdicts.error_rate(requests(1), 1).why == "1 of 1 request ok"
+    assert verdicts.lengths(0, 1).why == "0 of 1 request differ from the trace in input or output tokens"
+    assert verdicts.error_rate(requests(0), 0).ok is None
+
+
 @pytest.mark.parametrize(("lost", "ok"), [(1, True), (2, False)])
 def test_one_request_in_a_hundred_may_fail(lost, ok):
     assert verdicts.error_rate(requests(100, status=["ok"] * (100 - lost) + ["http_error"] * lost), 100).ok is ok
@@ -157,10 +163,29 @@ def test_saturated_is_a_queue_that_grows(load, full, seed):
 
 
 def test_a_server_that_never_answers_is_saturated_and_few_requests_tell_nothing():
-    assert verdicts.saturated(requests(40, first_token_ns=[None] * 40)).ok is False
+    assert verdicts.saturated(requests(40, first_token_ns=[None] * 40, status=["aborted"] * 40)).ok is False
     assert verdicts.saturated(requests(19)).ok is None
     refused = requests(40, first_token_ns=[None] * 40, status=["http_error"] * 40)
     assert verdicts.saturated(refused).ok is None, "who was refused does not wait"
+
+
+def test_what_a_cap_holds_back_does_not_wait_in_the_server():
+    held = requests(40, sent_ns=[i * S if i < 30 else (i + 60) * S for i in range(40)])
+    verdict = verdicts.saturated(held, capped=True)
+    assert (verdict.ok, verdict.value) == (None, None)
+    assert verdict.why == "not known: closed by cap, which still held back 10 requests when the last was due"
+
+
+def test_an_answer_without_a_token_waits_no_longer():
+    none = requests(40, first_token_ns=[None if i % 2 else i * S + 9 for i in range(40)])
+    ended = none.with_columns(done_ns=pl.col("sent_ns") + 20 * MS)
+    assert verdicts.saturated(ended).ok is True
+    whole = requests(40, first_token_ns=[None] * 40, done_ns=[i * S + 9 for i in range(40)])
+    assert verdicts.saturated(whole).why == "not known: no token has a time, so nobody knows who waited for one"
+
+
+def test_a_share_that_rounds_to_none_has_no_sign():
+    assert [verdicts.percent(share) for share in (-0.0004, 0.0, -0.0006, 0.1234)] == ["0.0%", "0.0%", "-0.1%", "12.3%"]
 
 
 def test_a_burst_at_once_is_no_division_by_zero():

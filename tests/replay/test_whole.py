@@ -41,7 +41,7 @@ def test_a_complete_run_is_whole_and_says_how_to_repeat_it(sim_run):
     assert found["commands"] == [f"replay run {source} {options} -o {sim_run}-again"]
     shown = lines(found)
     assert shown[0] == f"SIMULATED  {sim_run}"
-    assert "  ok    requests   24 of 24 requests are on record, each once" in shown
+    assert "  ok    requests   24 of 24 requests on record, each once" in shown
 
 
 def test_a_flipped_byte_is_found_in_any_column_and_nothing_is_changed(copy):
@@ -61,7 +61,7 @@ def test_requests_that_are_missing_doubled_or_foreign_are_named(copy):
 
     rewrite(copy, "requests", change)
     why = told(copy)["requests"]
-    assert why.startswith("20 of 24 requests are on record; 4 without a record (request_id 100, 101, 102, ...)")
+    assert why.startswith("20 of 24 requests on record; 4 without a record (request_id 100, 101, 102, ...)")
     assert "2 on record more than once (request_id 110, 111)" in why
     assert why.endswith("1 on record that the trace lacks (request_id 9999)")
 
@@ -98,7 +98,8 @@ def test_a_killed_run_says_what_it_lacks(copy):
     found = check(copy.path)
     assert (found["whole"], found["valid"], good(found)) == (False, None, False)
     said = {finding["name"]: finding for finding in found["wholeness"]}
-    assert said["state"]["why"] == "running: it was killed"
+    assert said["state"]["why"].startswith("running: it was killed; ")
+    assert f"replay run --resume {copy.path}" in said["state"]["why"]
     assert "14 without a record" in said["requests"]["why"]
     assert "14 of them due before the last moment on record" in said["requests"]["why"]
     assert said["power"]["ok"], "power was read until the last moment on record"

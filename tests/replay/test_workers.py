@@ -95,6 +95,22 @@ def test_a_server_whose_name_leads_nowhere_leaves_no_run(make_trace, replay, tmp
     assert not (tmp_path / "run").exists()
 
 
+@linux
+def test_ten_thousand_streams_with_too_few_files_are_refused_before_anything_is_asked(command, make_trace, tmp_path):
+    import resource
+
+    trace = make_trace(tmp_path / "trace.parquet", [(0, 20, 500)] * 10_000)
+    limit = lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (4096, 4096))  # noqa: E731 - the child's own
+    options = ("--engine", "http://127.0.0.1:1", "--workers", "1", "-o", tmp_path / "run")
+    process = command("run", trace, *options, preexec_fn=limit)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 2
+    (line,) = err.splitlines()
+    assert "about 10,000 streams at once are expected, and" in line
+    assert "a process may open 4,096 files here: raise that (ulimit -n, LimitNOFILE)" in line
+    assert not (tmp_path / "run").exists()
+
+
 def test_options_of_the_load_are_checked(make_trace, replay, tmp_path):
     trace = make_trace(tmp_path / "trace.parquet", [(0, 20, 3)])
     with pytest.raises(ReplayError, match="--endpoint talk: use one of completions, chat"):

@@ -125,7 +125,9 @@ def test_too_few_files_are_told_before_the_start(monkeypatch):
     monkeypatch.setattr(cut_module.resource, "getrlimit", lambda _: (1024, 10_000))
     monkeypatch.setattr(cut_module.resource, "setrlimit", lambda _, limits: allowed.append(limits))
     many = trace([0] * 10_000)
-    with pytest.raises(ReplayError, match=r"about 10,000 streams .* 1 workers, and a process may open 10,000 files"):
+    with pytest.raises(
+        ReplayError, match=r"about 10,000 streams at once are expected, and a process may open 10,000 files"
+    ):
         check_descriptors(many, 1, None)
     check_descriptors(many, 2, None)
     check_descriptors(many, 1, 500)

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from replay.gpu.baseline import idle_power_w
-from replay.rundir import POWER
+from replay.tables import POWER
 
 MS = 1_000_000
 S = 1_000_000_000

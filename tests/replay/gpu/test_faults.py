@@ -8,9 +8,10 @@ import polars as pl
 import pytest
 
 from replay import verdicts
-from replay.rundir import POWER, Run
+from replay.rundir import Run
 from replay.show import lines
 from replay.summary import summarize
+from replay.tables import POWER
 
 S = 1_000_000_000
 MS = 1_000_000

@@ -2,6 +2,7 @@
 
 import os
 import re
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -111,9 +112,9 @@ def checked(ask):
 
 
 def test_through_the_driver_a_process_is_named_as_far_as_it_can_be_seen(checked):
-    me = os.getpid()
+    me, called = os.getpid(), Path("/proc/self/cmdline").read_bytes().split(b"\0")[0].decode()
     text = checked(processes=f"0:{me}:2000,1:4194399:100,1:4194304")
-    assert re.search(rf"^GPU 0 is used by process {me} \(.*pytest.*, 2,000 MiB\); GPU 1 is used by ", text)
+    assert re.search(rf"^GPU 0 is used by process {me} \({re.escape(called)}.*, 2,000 MiB\); GPU 1 is used by ", text)
     assert "process 4194304 (it cannot be seen from here), process 4194399 (fake-4194399, 100 MiB): its energy" in text
     assert len(checked(allow_busy=True, processes=f"0:{me}:2000")) == 1
 

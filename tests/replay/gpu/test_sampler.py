@@ -16,8 +16,9 @@ from replay.gpu.base import GpuInfo, Reading, Sensor
 from replay.gpu.rapl import CpuReading
 from replay.gpu.sampler import Sampler, UpdateClock, _Loop
 from replay.gpu.sim import SimBoard
-from replay.rundir import CPU_ENERGY, has_table, scan_table
+from replay.rundir import has_table, scan_table
 from replay.sim.hardware import load_profile
+from replay.tables import CPU_ENERGY
 from tracegen.errors import GpuError
 
 PROFILE = load_profile()

@@ -13,7 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 from replay.cli import app
-from replay.rundir import POWER, STEPS, write_manifest
+from replay.rundir import write_manifest
 from replay.sim.arguments import capped
 from replay.sim.calibrate import Calibration, Data, calibrate, read_data
 from replay.sim.calibration_report import hardware_file, summary
@@ -22,6 +22,7 @@ from replay.sim.hardware import Hardware, Work
 from replay.sim.points import Load
 from replay.sim.profile import Profile, load_profile
 from replay.sim.run_evidence import read_run
+from replay.tables import POWER, STEPS
 from tracegen.errors import ReplayError
 
 LOAD = Load(arrivals_s=10.0)

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from replay.rundir import SEGMENTS, TRUTH
 from replay.sim import truth
 from replay.sim.hardware import Hardware, Work, load_profile
 from replay.sim.truth import shapley_truth
+from replay.tables import SEGMENTS, TRUTH
 from tracegen.errors import RunError
 
 HARDWARE = Hardware(load_profile(), 2)

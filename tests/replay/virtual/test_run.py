@@ -16,8 +16,9 @@ from analysis.energy import attribute
 from replay.finish import judge
 from replay.live import QuietProgress
 from replay.plan import RunOptions
-from replay.rundir import TABLES, Run
+from replay.rundir import Run
 from replay.sim.hardware import Hardware, Work, load_profile
+from replay.tables import TABLES
 from replay.virtual import run as module
 from replay.virtual.node import NodePower
 from replay.virtual.source import TraceSource
