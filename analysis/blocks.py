@@ -119,9 +119,9 @@ def cut_blocks(steps: Steps, duration_s: float) -> Blocks:
 
 def blocks_between(start_s: Floats, end_s: Floats, cuts_s: Floats) -> Blocks:
     """The blocks between `cuts_s`, of steps all of which are in one of them."""
-    block = np.searchsorted(cuts_s[1:-1], (start_s + end_s) / 2, side="right")
-    first = np.searchsorted(block, np.arange(cuts_s.size))
-    return Blocks(cuts_s, first.astype(np.int64), block.astype(np.int64))
+    inner = np.searchsorted((start_s + end_s) / 2, cuts_s[1:-1], side="left")
+    first = np.concatenate([[0], inner, [start_s.size]]).astype(np.int64)[-cuts_s.size :]
+    return Blocks(cuts_s, first, np.repeat(np.arange(first.size - 1), np.diff(first)))
 
 
 @dataclass(frozen=True)

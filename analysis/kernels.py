@@ -176,28 +176,30 @@ def sum_pieces(
     with `q` from the first of these steps on. Sums of integers and halves, exact for step records.
     """
     n = q.size
-    change = np.zeros((n + 1, 7))
+    # Those that begin in each step, and end before it, in linked lists: most steps have none.
+    begin, end = np.full(n + 1, -1, dtype=np.int32), np.full(n + 1, -1, dtype=np.int32)
+    begin_next, end_next = np.empty(first.size, dtype=np.int32), np.empty(first.size, dtype=np.int32)
     for i in range(first.size):
-        a, b = first[i], last[i] + 1
-        column = 1 if prefill[i] else 4
-        change[a, 0] += 1.0
-        change[b, 0] -= 1.0
-        change[a, column] += tokens[i]
-        change[b, column] -= tokens[i]
-        change[a, column + 1] += base[i]
-        change[b, column + 1] -= base[i]
-        change[a, column + 2] += slope[i]
-        change[b, column + 2] -= slope[i]
+        begin_next[i], begin[first[i]] = begin[first[i]], i
+        end_next[i], end[last[i] + 1] = end[last[i] + 1], i
     count, work = np.empty(n), np.empty((n, 4))
-    running = np.zeros(7)
+    inside = 0.0
+    running = np.zeros(6)
     for k in range(n):
-        for j in range(7):
-            running[j] += change[k, j]
-        count[k] = running[0]
-        work[k, 0] = max(running[1] * g[k], 0.0)
-        work[k, 1] = max(running[4] * g[k], 0.0)
-        work[k, 2] = max((running[5] + running[6] * q[k]) * g[k], 0.0)
-        work[k, 3] = max((running[2] + running[3] * q[k]) * g[k], 0.0)
+        for sign, head, after in ((1.0, begin[k], begin_next), (-1.0, end[k], end_next)):
+            i = head
+            while i >= 0:
+                column = 0 if prefill[i] else 3
+                inside += sign
+                running[column] += sign * tokens[i]
+                running[column + 1] += sign * base[i]
+                running[column + 2] += sign * slope[i]
+                i = after[i]
+        count[k] = inside
+        work[k, 0] = max(running[0] * g[k], 0.0)
+        work[k, 1] = max(running[3] * g[k], 0.0)
+        work[k, 2] = max((running[4] + running[5] * q[k]) * g[k], 0.0)
+        work[k, 3] = max((running[1] + running[2] * q[k]) * g[k], 0.0)
     return count, work
 
 

@@ -7,7 +7,7 @@ that host's clock minus the replayer's) and given in seconds from the window's s
 still resolves 0.1 ns.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -210,12 +210,16 @@ def _instances_of(run: Run, table: str) -> set[int | None]:
 def _state(run: Run, recorded: pl.Series) -> tuple[pl.Series, list[str]]:
     """The trace's requests that requests.parquet lacks, and what the manifest says against the run."""
     manifest, notes = run.manifest, []
-    planned = run.scan("trace", ["request_id"]).collect().to_series() if run.has("trace") else recorded.clear()
-    unrecorded = planned.clear()
-    if not planned.equals(recorded):
-        unrecorded = planned.filter(~planned.is_in(recorded.implode())).unique(maintain_order=True)
+    planned, pieces = 0, []
+    for piece in _planned_ids(run):
+        if not piece.equals(recorded[planned : planned + len(piece)]):
+            pieces.append(piece)
+        planned += len(piece)
+    unrecorded = pl.concat(pieces) if pieces else recorded.clear()
+    if pieces:
+        unrecorded = unrecorded.filter(~unrecorded.is_in(recorded.implode())).unique(maintain_order=True)
     if manifest.get("state") != "complete":
-        count = (manifest.get("requests") or {}).get("planned") or len(planned) or "an unknown number of"
+        count = (manifest.get("requests") or {}).get("planned") or planned or "an unknown number of"
         notes.append(
             f"the run is not complete (state: {manifest.get('state')}): {len(recorded)} of {count} planned requests "
             "recorded"
@@ -226,6 +230,13 @@ def _state(run: Run, recorded: pl.Series) -> tuple[pl.Series, list[str]]:
     if failed:
         notes.append(f"the run failed its verdicts {', '.join(failed)}")
     return unrecorded, notes
+
+
+def _planned_ids(run: Run) -> Iterator[pl.Series]:
+    """The ids of the trace's requests, a row group at a time."""
+    groups = row_groups(run.path, "trace", "request_id") if run.has("trace") else []
+    for rows in read_ahead(groups, partial(read_group, table="trace", columns=("request_id",))):
+        yield rows["request_id"]
 
 
 def _unread(polled: pl.DataFrame, instances: tuple[InstanceData, ...], zero_ns: int) -> list[str]:

@@ -9,7 +9,7 @@ import polars as pl
 from numpy.typing import NDArray
 
 from analysis.checks import check_members, check_segments, check_steps
-from analysis.kernels import first_overlap, spans_of
+from analysis.kernels import compiled, first_overlap, spans_of
 from analysis.streams import parted, read_ahead
 from replay.rundir import RowGroup, Run, read_group, row_groups
 
@@ -62,28 +62,38 @@ class RowOf:
 
     def __init__(self, ids: pl.Series) -> None:
         """`ids`: unique, by row."""
-        values = ids.to_numpy().astype(np.uint64)
-        self._low = int(values.min()) if values.size else 0
-        span = (int(values.max()) - self._low + 1) if values.size else 0
-        self._table: Ints32 | None = None
-        if span <= SPARSE * values.size + 1000:
-            self._table = np.full(span, -1, dtype=np.int32)
-            self._table[(values - np.uint64(self._low)).astype(np.int64)] = np.arange(values.size, dtype=np.int32)
-        self._order = np.argsort(values) if self._table is None else np.zeros(0, dtype=np.int64)
-        self._sorted = values[self._order] if self._table is None else values[:0]
+        values = ids.to_numpy().astype(np.uint64, copy=False)
+        low, high = (int(values.min()), int(values.max())) if values.size else (0, -1)
+        self._low, self._span = np.uint64(low), np.uint64(high - low + 1)
+        # As most traces count their requests, an id tells its row without a table.
+        in_a_row = values.size == high - low + 1 and ids.is_sorted()
+        dense = in_a_row or high - low < SPARSE * values.size + 1000
+        self._table = np.zeros(0, dtype=np.int32) if in_a_row or not dense else np.full(high - low + 1, -1, np.int32)
+        if self._table.size:
+            self._table[(values - self._low).astype(np.int64)] = np.arange(values.size, dtype=np.int32)
+        self._order = np.zeros(0, dtype=np.int64) if dense else np.argsort(values)
+        self._sorted = values[self._order]
 
     def __call__(self, ids: pl.Series) -> Ints32:
         """Rows of `ids`, -1 for a null and for an id that is not there."""
         null = ids.is_null().to_numpy() if ids.null_count() else None
-        values = ids.fill_null(self._low).to_numpy() if null is not None else ids.to_numpy()
-        if self._table is not None:
-            inside = (values >= np.uint64(self._low)) & (values < np.uint64(self._low + self._table.size))
-            place = np.where(inside, values - np.uint64(self._low), 0).astype(np.int64)
-            rows = np.where(inside, self._table[place], -1) if self._table.size else np.full(values.size, -1)
-        else:
+        values = ids.fill_null(int(self._low)).to_numpy() if null is not None else ids.to_numpy()
+        if self._order.size:
             place = np.minimum(np.searchsorted(self._sorted, values), self._sorted.size - 1)
-            rows = np.where(self._sorted[place] == values, self._order[place], -1)
-        return (rows if null is None else np.where(null, -1, rows)).astype(np.int32)
+            rows = np.where(self._sorted[place] == values, self._order[place], -1).astype(np.int32)
+        else:
+            rows = _rows_of(values, self._low, self._span, self._table)
+        return rows if null is None else np.where(null, np.int32(-1), rows)
+
+
+@compiled
+def _rows_of(ids: NDArray[np.uint64], low: np.uint64, span: np.uint64, table: Ints32) -> Ints32:
+    """Rows of `ids` by `table`, which begins at `low`, or without one by their distance from it; -1 beyond `span`."""
+    rows = np.empty(ids.size, dtype=np.int32)
+    for i in range(ids.size):
+        place = ids[i] - low  # wraps around below `low`, beyond any span
+        rows[i] = -1 if place >= span else np.int32(place) if table.size == 0 else table[place]
+    return rows
 
 
 def read_members(run: Run, row_of: RowOf) -> tuple[dict[int, Members], list[str]]:

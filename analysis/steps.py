@@ -131,10 +131,14 @@ def _segments(members: Members, step: Ints) -> Segments:
     first, last = members.first[rows].astype(np.int64), members.last[rows].astype(np.int64)
     prefill = members.prefill[rows]
     tokens = members.tokens[rows].astype(np.float64)
+    if step[-1] - step[0] + 1 == step.size:
+        first_row, last_row = np.maximum(first - step[0], 0), np.minimum(last - step[0], step.size - 1)
+    else:  # steps were lost in between
+        first_row, last_row = np.searchsorted(step, first), np.searchsorted(step, last, side="right") - 1
     segments = Segments(
         request=members.request[rows].astype(np.int64),
-        first=np.searchsorted(step, first, side="left").astype(np.int64),
-        last=np.searchsorted(step, last, side="right").astype(np.int64) - 1,
+        first=first_row.astype(np.int64),
+        last=last_row.astype(np.int64),
         kind=np.where(prefill, PREFILL, DECODE).astype(np.int64),
         tokens=tokens,
         reads=np.where(prefill, tokens, 1.0),
