@@ -18,7 +18,8 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from replay.rundir import POWER, REQUESTS, SEGMENTS, STEPS, TRUTH, Run, write_manifest
+from replay.rundir import Run, write_manifest
+from replay.tables import POWER, REQUESTS, SEGMENTS, STEPS, TRUTH
 from tracegen.schema import TRACE
 
 Floats = NDArray[np.float64]

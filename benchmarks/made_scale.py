@@ -16,7 +16,8 @@ import numpy as np
 import polars as pl
 import pyarrow.parquet as pq
 
-from replay.rundir import POWER, REQUESTS, SEGMENTS, STEPS, write_manifest
+from replay.rundir import write_manifest
+from replay.tables import POWER, REQUESTS, SEGMENTS, STEPS
 from tracegen.schema import TRACE
 
 TILE_STEPS, TILES = 500_000, 3  # different ones

@@ -13,7 +13,14 @@ def main() -> int:
     if not run.is_dir():
         print("demo/run-1200 is missing: run 'make demo' first", file=sys.stderr)
         return 2
-    jobs = [["timer.py"], ["attribution.py", str(run)], ["step_recorder.py"], ["sim_server.py", "100", "200"]]
+    jobs = [
+        ["timer.py"],
+        ["attribution.py", str(run)],
+        ["step_recorder.py"],
+        ["imports.py"],
+        ["synth.py", "5"],
+        ["sim_server.py", "100", "200"],
+    ]
     codes = []
     for name, *arguments in jobs:
         print(f"\n== {name} {' '.join(arguments)}", flush=True)

@@ -1,20 +1,27 @@
 """The `tracegen` command: parse, call one function, print."""
 
 import shlex
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tracegen.console import format_si, make_app, note, print_json, print_table, run_app, say
-from tracegen.durations import parse_duration_ns
+from tracegen.cli_datasets import datasets, fetch
+from tracegen.cli_export import export
+from tracegen.cli_fit import compare, fit, plot
+from tracegen.cli_import import import_app
+from tracegen.cli_transform import COMMANDS as TRANSFORMS
+from tracegen.console import format_si, make_app, note, plural, print_json, print_table, run_app, say
 
 if TYPE_CHECKING:
-    import polars as pl
+    from tracegen.workload import Workload
 
 app = make_app("Make, import and describe traces of LLM requests: arrival times, input and output token lengths.")
-import_app = make_app("Turn a published trace into a trace file.")
 app.add_typer(import_app, name="import")
+app.command()(export)
+app.command()(datasets)
+app.command()(fetch)
 
 TraceFile = Annotated[Path, typer.Argument(metavar="FILE", help="A trace file (Parquet).", show_default=False)]
 Seed = Annotated[int, typer.Option(help="Seed of all random numbers; the same seed gives the same file.")]
@@ -29,118 +36,90 @@ def main() -> None:
 
 @app.command()
 def synth(
-    mix: Annotated[str, typer.Option(help="Length mix; `tracegen mixes` lists them.")] = "chat",
-    rate: Annotated[float, typer.Option(help="Mean requests per second.")] = 0.5,
+    mix: Annotated[
+        str, typer.Option(help="Length mix, a mix file (.toml), or shares: chat:0.7,code:0.3. See `tracegen mixes`.")
+    ] = "chat",
+    rate: Annotated[
+        str | None,
+        typer.Option(
+            help="Mean requests per second (5); a ramp (1..5); steps (0.5,1,2:60s); a rate curve's or a trace's file.",
+            show_default="0.5, or the source's own with --arrivals production",
+        ),
+    ] = None,
     duration: Annotated[str, typer.Option(help="Length of the trace: 90s, 5m, 1.5h.")] = "5m",
+    arrivals: Annotated[
+        str, typer.Option(help="poisson, production, or a model with parameters, such as gamma:cv=3 (listed above).")
+    ] = "poisson",
+    profile: Annotated[
+        str | None,
+        typer.Option(
+            help="Course of the rate: chat-day, chat-week, code-day, code-week, from @14h on; or a curve's file.",
+            show_default="none",
+        ),
+    ] = None,
+    clients: Annotated[int, typer.Option(help="So many clients, whose shares follow Zipf's law.")] = 0,
+    turns: Annotated[
+        float, typer.Option(help="Mean turns of a session; above 1 inputs grow by the turns before.")
+    ] = 1.0,
+    think: Annotated[
+        str, typer.Option(help="Median time from an answer to the next turn (lognormal, sigma 1).")
+    ] = "100s",
+    max_context: Annotated[int, typer.Option(help="Tokens of input and output at which a session ends.")] = 131_072,
+    system_prompts: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N:TOKENS", help="N system prompts of TOKENS, which inputs begin with.", show_default="none"
+        ),
+    ] = None,
+    block_tokens: Annotated[int, typer.Option(help="Tokens of a block of a shared prefix.")] = 64,
+    shard: Annotated[
+        str, typer.Option(metavar="I/N", help="Only the I-th of N parts of the time; all in turn equal the whole.")
+    ] = "1/1",
     seed: Seed = 1,
     output: Annotated[Path, typer.Option("-o", "--output", help="File to write.")] = Path("trace.parquet"),
     force: Force = False,
 ) -> None:
     """Synthesize a trace from a length mix.
 
-    Arrivals are Poisson; lengths follow a mix that was fitted to a public trace.
+    Lengths follow a mix that was fitted to a public trace. Arrivals are Poisson, steadier than real ones:
+    --arrivals production takes those of the mix's source, with its rate. Memory stays bounded at any length.
+
+    \b
+    Arrival models and their parameters (docs/tracegen.md has the defaults):
+      poisson, constant   independent arrivals; equal gaps
+      gamma, weibull      cv: of the gaps (vLLM's burstiness is 1/cv^2)
+      mmpp                levels=1/3, holds=60s/20s: relative rates, mean stays
+      log-ou              sigma, tau, cv: a rate that wanders (Azure chat)
+      on-off              on, off, on-shape, off-shape, floor, sigma, tau, batch,
+                          spacing: bursts and silence, batches (Azure code)
+      clients             n, zipf: a sum of clients, each with its own CV
 
     \b
     Examples:
       tracegen synth --mix chat
       tracegen synth --mix code --rate 2 --duration 10m --seed 7 -o code.parquet
+      tracegen synth --mix chat --arrivals production --duration 1h
+      tracegen synth --mix chat:0.7,code:0.3 --rate 0.5,1,2:60s --duration 3m
+      tracegen synth --rate 20 --profile chat-week --duration 7d --arrivals gamma:cv=2
+      tracegen synth --rate 3 --turns 4 --think 30s --system-prompts 10:500 --clients 50
+      tracegen synth --rate 1000 --duration 1d --shard 2/8 -o part-2.parquet
     """
-    from tracegen.synthesize import synthesize
+    from tracegen.render import headline
+    from tracegen.schema import check_output
+    from tracegen.workload import parse_workload
 
-    _save(*synthesize(mix, rate, parse_duration_ns(duration), seed), output, force=force)
-
-
-@import_app.command()
-def azure(
-    file: Annotated[
-        Path,
-        typer.Argument(metavar="FILE", help="The published CSV, plain, .xz or .gz.", show_default=False),
-    ],
-    output: Annotated[
-        Path | None, typer.Option("-o", "--output", help="File to write.", show_default="LABEL.parquet")
-    ] = None,
-    label: Annotated[
-        str | None, typer.Option(help="Label of each row.", show_default="the file's name without suffixes")
-    ] = None,
-    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Drop and count bad rows instead of stopping.")] = False,
-    force: Force = False,
-) -> None:
-    """Import an Azure LLM trace of 2023.
-
-    Columns TIMESTAMP,ContextTokens,GeneratedTokens; the files are at https://github.com/Azure/AzurePublicDataset
-    under data/.
-
-    \b
-    Examples:
-      tracegen import azure AzureLLMInferenceTrace_conv.csv -o conv.parquet
-      tracegen import azure AzureLLMInferenceTrace_code.csv.xz --label code
-    """
-    from tracegen.importers.azure import import_azure
-
-    frame, metadata = import_azure(file, label=label, skip_bad=skip_bad)
-    source = metadata["source"]
-    details = [
-        f"read {source['rows_read']:,} rows, dropped {source['rows_dropped']:,}",
-        *(f"dropped {count:,}: {why}" for why, count in source["dropped"].items()),
-    ]
-    output = output or Path(f"{metadata['parameters']['label']}.parquet")
-    _save(frame, metadata, output, *details, force=force, source=file)
-
-
-@app.command()
-def scale(
-    file: TraceFile,
-    rate: Annotated[float, typer.Option(help="Mean requests per second to reach.", show_default=False)],
-    output: Annotated[
-        Path | None, typer.Option("-o", "--output", help="File to write.", show_default="FILE-RATErps.parquet")
-    ] = None,
-    seed: Seed = 1,
-    force: Force = False,
-) -> None:
-    """Change a trace's rate.
-
-    To a lower rate requests are dropped at random; to a higher one copies, shifted in time, are superposed.
-
-    \b
-    Examples:
-      tracegen scale conv.parquet --rate 2
-      tracegen scale conv.parquet --rate 20 --seed 3 -o busy.parquet
-    """
-    from tracegen.transform import scale_trace
-
-    frame, metadata = scale_trace(file, rate, seed)
-    done = metadata["parameters"]
-    detail = (
-        f"{done['method']}: {format_si(done['rate_before_rps'])} -> {format_si(done['rate_after_rps'])} requests/s "
-        f"({format_si(done['rate_target_rps'])} asked for)"
-    )
-    _save(frame, metadata, output or Path(f"{file.stem}-{rate:g}rps.parquet"), detail, force=force, source=file)
-
-
-@app.command("slice")
-def slice_(
-    file: TraceFile,
-    duration: Annotated[str, typer.Option(help="Length of the slice: 90s, 5m, 1.5h.", show_default=False)],
-    start: Annotated[str, typer.Option(help="Where it starts, from the trace's start.")] = "0",
-    output: Annotated[
-        Path | None,
-        typer.Option("-o", "--output", help="File to write.", show_default="FILE-START-DURATION.parquet"),
-    ] = None,
-    force: Force = False,
-) -> None:
-    """Cut a stretch of time out of a trace.
-
-    The slice keeps its ids and lengths; its own time starts at 0.
-
-    \b
-    Examples:
-      tracegen slice conv.parquet --duration 10m
-      tracegen slice conv.parquet --start 20m --duration 90s -o part.parquet
-    """
-    from tracegen.transform import slice_trace
-
-    frame, metadata = slice_trace(file, parse_duration_ns(start, zero_ok=True), parse_duration_ns(duration))
-    _save(frame, metadata, output or Path(f"{file.stem}-{start}-{duration}.parquet"), force=force, source=file)
+    workload = parse_workload(
+        mix=mix, rate=rate, duration=duration, seed=seed, arrivals=arrivals, profile=profile, clients=clients,
+        turns=turns, think=think, max_context=max_context, system_prompts=system_prompts, block_tokens=block_tokens,
+        shard=shard,
+    )  # fmt: skip
+    check_output(output, force=force)
+    figures = _synthesize(output, workload)
+    say(f"wrote {output}: {headline(figures)}")
+    if (hit_rate := figures["metadata"].get("prefix_hit_rate")) is not None:
+        block = figures["metadata"]["block_tokens"]
+        say(f"  {hit_rate:.1%} of input tokens are in a cache without limit, in blocks of {block}")
+    note(f"next: replay run {shlex.quote(str(output))} --tp 2 --freq 1200")
 
 
 @app.command()
@@ -180,11 +159,30 @@ def validate(file: TraceFile) -> None:
     say(f"{file}: a valid trace, {frame.height:,} requests, columns {', '.join(frame.columns)}")
 
 
+def _synthesize(output: Path, workload: "Workload") -> dict[str, Any]:
+    """`synthesize_file` with a bar of progress."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from tracegen.synthesize import synthesize_file
+
+    shown = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
+    with Progress(*shown, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
+        task = progress.add_task(str(output), total=None)
+        return synthesize_file(
+            output,
+            workload,
+            on_progress=lambda rows, expected: progress.update(
+                task, completed=rows, total=expected, description=f"{plural(rows, 'request')} written"
+            ),
+        )
+
+
 @app.command()
 def mixes(json: AsJson = False) -> None:
     """List the length mixes.
 
-    Each with the public trace it was fitted to and how well it fits.
+    Each with the public trace it was fitted to, how well it fits, and the arrivals that --arrivals production takes.
 
     \b
     Examples:
@@ -200,42 +198,34 @@ def mixes(json: AsJson = False) -> None:
         print_json([asdict(mix) for mix in found])
         return
     print_table(
-        ["mix", "fitted to", "rows", "mean in", "mean out", "KS in", "KS out"],
+        ["mix", "fitted to", "rows", "mean in", "mean out", "KS in", "KS out", "arrivals", "requests/s"],
         [
             [
                 mix.name,
-                Path(mix.source["file"]).name,
-                f"{mix.source['rows']:,}",
+                Path(mix.source.get("file", mix.source["dataset"])).name,
+                f"{mix.source['rows']:,}" if "rows" in mix.source else "-",
                 format_si(mix.source["mean_input_tokens"], digits=4),
                 format_si(mix.source["mean_output_tokens"], digits=4),
-                f"{mix.goodness['ks_input_median']:.3f}",
-                f"{mix.goodness['ks_output_median']:.3f}",
+                *(
+                    f"{mix.goodness[key]:.3f}" if key in mix.goodness else "-"
+                    for key in ("ks_input_median", "ks_output_median")
+                ),
+                mix.arrivals.get("model", "-"),
+                format_si(mix.arrivals.get("rate_rps")),
             ]
             for mix in found
         ],
-        left=2,
+        left=[True, True, False, False, False, False, False, True, False],
     )
     say("\nKS: Kolmogorov-Smirnov distance of a sample of as many rows to the source, median over seeds.")
+    say("SS to LL: the nine sizes of the papers, one length each way.")
 
 
-def _save(
-    frame: "pl.DataFrame",
-    metadata: dict[str, Any],
-    output: Path,
-    *details: str,
-    force: bool,
-    source: Path | None = None,
-) -> None:
-    """Write a trace; say what was written, the `details`, and what to type next."""
-    from tracegen import render
-    from tracegen.describe import describe
-    from tracegen.schema import save_trace
-
-    save_trace(frame, output, metadata, force=force, source=source)
-    say(f"wrote {output}: {render.headline(describe(frame, metadata))}")
-    for detail in details:
-        say(f"  {detail}")
-    note(f"next: replay run {shlex.quote(str(output))} --tp 2 --freq 1200")
+for command_name, command in TRANSFORMS.items():
+    app.command(command_name)(command)
+app.command()(fit)
+app.command()(compare)
+app.command()(plot)
 
 
 if __name__ == "__main__":

@@ -61,10 +61,10 @@ def describe(frame: pl.DataFrame, metadata: Mapping[str, Any]) -> dict[str, Any]
         "span_s": span_ns(frame) / NS_PER_S,
         "rate_rps": rate_rps(frame),
         "interarrival_s": {"mean": gaps_s.mean(), "cv": _cv(gaps_s)},
-        "index_of_dispersion": {f"{w}s": _dispersion(frame["arrival_ns"], w) for w in DISPERSION_WINDOWS_S},
+        "index_of_dispersion": {f"{w}s": dispersion(frame["arrival_ns"], w) for w in DISPERSION_WINDOWS_S},
         "input_tokens": _lengths(frame["input_tokens"]),
         "output_tokens": _lengths(frame["output_tokens"]),
-        "spearman": _spearman(frame),
+        "spearman": spearman(frame),
         "buckets": _buckets(frame),
     }
     return {
@@ -101,7 +101,7 @@ def _lengths(tokens: pl.Series) -> dict[str, float | None]:
     return {"mean": float(tokens.mean()), "cv": _cv(tokens), **quantiles, "max": int(tokens.max())}  # type: ignore[arg-type]
 
 
-def _dispersion(arrival_ns: pl.Series, window_s: int) -> float | None:
+def dispersion(arrival_ns: pl.Series, window_s: int) -> float | None:
     """Variance over mean of the requests in each full window of `window_s`; None when there are too few windows."""
     since_ns = arrival_ns - arrival_ns[0]
     windows = int(since_ns[-1]) // (window_s * NS_PER_S)
@@ -114,7 +114,7 @@ def _dispersion(arrival_ns: pl.Series, window_s: int) -> float | None:
     return float((windows * squares - total**2) / ((windows - 1) * total))
 
 
-def _spearman(frame: pl.DataFrame) -> float | None:
+def spearman(frame: pl.DataFrame) -> float | None:
     """Rank correlation of input and output length; None where either does not vary."""
     if frame["input_tokens"].n_unique() == 1 or frame["output_tokens"].n_unique() == 1:
         return None

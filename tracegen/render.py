@@ -2,11 +2,15 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from tracegen.buckets import INPUT_EDGES, OUTPUT_EDGES
 from tracegen.console import format_si, print_table, say
 from tracegen.durations import NS_PER_S, format_duration
+
+if TYPE_CHECKING:
+    from tracegen.fit.run import Fit
 
 BAR_WIDTH = 40
 _EIGHTHS = " ▏▎▍▌▋▊▉█"
@@ -16,8 +20,8 @@ _LEVELS = " ▁▂▃▄▅▆▇█"
 def print_description(document: Mapping[str, Any]) -> None:
     """Print what `tracegen.describe.describe` returned: figures, buckets, histograms."""
     say(headline(document))
-    if origin := _origin(document["metadata"]):
-        say(f"made by {origin}")
+    for i, step in enumerate(_steps(document["metadata"])):
+        say(f"{'then' if i else 'made'} by {step}")
     say()
     for name, text in _arrival_figures(document).items():
         say(f"{name:<20} {text}")
@@ -40,6 +44,58 @@ def print_description(document: Mapping[str, Any]) -> None:
         rates = [part["rate_rps"] for part in arrivals]
         say(f"\narrivals over {format_duration(round(document['span_s'] * NS_PER_S))}, requests/s")
         say(f"{sparkline(rates)}  0 to {format_si(max(rates))}")
+
+
+def print_comparison(document: Mapping[str, Any]) -> None:
+    """Print what `tracegen.twin.compare_traces` returned."""
+    a, b, apart = document["a"], document["b"], document["differences"]
+    names = {
+        "requests": "requests",
+        "requests/s": "rate_rps",
+        "CV of gaps": "gap_cv",
+        "mean input tokens": "mean_input_tokens",
+        "mean output tokens": "mean_output_tokens",
+        "Spearman in/out": "spearman",
+        "prefix hit rate": "hit_rate",
+    }
+    rows = [[name, *(format_si(side[key], digits=4) for side in (a, b))] for name, key in names.items()]
+    rows += [
+        [f"dispersion {w}", *(format_si(side["index_of_dispersion"][w], digits=4) for side in (a, b))]
+        for w in a["index_of_dispersion"]
+    ]
+    print_table(["", *(Path(document["files"][key]).name for key in ("a", "b"))], rows)
+    say()
+    ks = {"input tokens": "input_tokens", "output tokens": "output_tokens", "gaps": "gaps_s"}
+    print_table(["Kolmogorov-Smirnov distance", ""], [[n, format_si(apart["ks"][k], digits=3)] for n, k in ks.items()])
+    say()
+    shares = [
+        [name, f"{a['buckets'][name]:.1%}", f"{b['buckets'][name]:.1%}", f"{100 * apart['bucket_shares'][name]:+.2f}"]
+        for name in a["buckets"]
+    ]
+    print_table(["bucket", "a", "b", "points"], shares)
+
+
+def print_fit(fit: "Fit", output: Path) -> None:
+    """Print what a fit chose and how well its twins match."""
+    say(f"wrote {output}: how {fit.goodness['seeds']} synthetic twins of the trace match it")
+    if fit.arrivals:
+        best = fit.arrivals[0]
+        others = dict.fromkeys(f.arrivals.kind for f in fit.arrivals if f.arrivals.kind != best.arrivals.kind)
+        say(f"  arrivals: {best.arrivals} (also tried: {', '.join(others)})")
+    for remark in fit.remarks:
+        say(f"  {remark}")
+    found = fit.goodness
+    errors = [name.removesuffix("_median") for name in found if name.endswith("_median")]
+    say()
+    print_table(
+        ["twins' distance to the trace", "median", "worst"],
+        [[n.replace("_", " "), *(f"{found[f'{n}_{end}']:.4f}" for end in ("median", "max"))] for n in errors],
+    )
+    say()
+    print_table(
+        ["", "trace", "twins: 5 %", "median", "95 %"],
+        [[n.replace("_", " "), *(format_si(x, digits=4) for x in v)] for n, v in found.items() if isinstance(v, list)],
+    )
 
 
 def headline(document: Mapping[str, Any]) -> str:
@@ -97,6 +153,13 @@ def _print_buckets(buckets: Mapping[str, Mapping[str, float]]) -> None:
         ["buckets: input \\ output", *columns.values()],
         [[label, *(f"{buckets[i + o]['share']:.1%}" for o in columns)] for i, label in rows.items()],
     )
+
+
+def _steps(metadata: Mapping[str, Any]) -> list[str]:
+    """How the trace was made, from its origin to the last transform."""
+    before = (metadata.get("source") or {}).get("metadata") or {}
+    origin = _origin(metadata)
+    return [*(_steps(before) if before else []), *([origin] if origin else [])]
 
 
 def _origin(metadata: Mapping[str, Any]) -> str:

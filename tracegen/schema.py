@@ -121,10 +121,13 @@ def read_trace(path: str | Path) -> pl.DataFrame:
     """
     with _reading(path):
         # By pyarrow, which reports a damaged file where polars panics; and a path is a path, never a pattern.
-        table = pq.ParquetFile(path, page_checksum_verification=True).read()
+        file = pq.ParquetFile(path, page_checksum_verification=True)
+        table = file.read()
         table.validate(full=True)
-        metadata = _own_metadata(table.schema)
-        frame = pl.DataFrame(dict(zip(table.column_names, table.columns, strict=True)))
+        metadata = _own_metadata(file.metadata.metadata)
+        # Whole, for column by column it would import pyarrow.compute, 8 MiB; without metadata, of which polars panics
+        # where it is no UTF-8.
+        frame = pl.DataFrame(table.replace_schema_metadata())
     version = str(metadata.get("schema_version", SCHEMA_VERSION))
     if version.partition(".")[0] != SCHEMA_VERSION.partition(".")[0]:
         raise TraceError(f"{path}: schema_version {version}, and this program reads {SCHEMA_VERSION}; update wattrace")
@@ -148,13 +151,13 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
     Raises `TraceError` when the file is missing or not Parquet.
     """
     with _reading(path):
-        return _own_metadata(pq.read_schema(path))
+        return _own_metadata(pq.read_metadata(path).metadata)
 
 
-def _own_metadata(schema: pa.Schema) -> dict[str, Any]:
-    """`schema`'s metadata: JSON where it is JSON, text where it is not; `schema_version` is always text."""
+def _own_metadata(raw: Mapping[bytes, bytes] | None) -> dict[str, Any]:
+    """The file's metadata: JSON where it is JSON, text where it is not; `schema_version` is always text."""
     found: dict[str, Any] = {}
-    for raw_key, raw_value in (schema.metadata or {}).items():
+    for raw_key, raw_value in (raw or {}).items():
         key, value = raw_key.decode("utf-8", "replace"), raw_value.decode("utf-8", "replace")
         if key.startswith(_NOT_OURS):
             continue
@@ -216,9 +219,18 @@ def save_trace(
     force: bool = False,
     source: str | Path | None = None,
 ) -> None:
-    """`write_trace`, but only over what can be made again: a trace that names its generator, and never `source`.
+    """`write_trace`, but only over what can be made again: see `check_output`.
 
     Raises `TraceError` for any other file that exists at `path`, unless `force`.
+    """
+    check_output(path, force=force, source=source)
+    write_trace(frame, path, metadata)
+
+
+def check_output(path: str | Path, *, force: bool = False, source: str | Path | None = None) -> None:
+    """Raise `TraceError` where a trace may not be written to `path`, unless `force`.
+
+    That is over `source`, and over any file that is not a trace that names its generator.
     """
     path = Path(path)
     if path.exists() and not force:
@@ -226,7 +238,6 @@ def save_trace(
             raise TraceError(f"{path}: is the input itself; choose another output, or overwrite it with --force")
         if not _remakable(path):
             raise TraceError(f"{path}: exists and is no trace made here; choose another output, or --force")
-    write_trace(frame, path, metadata)
 
 
 def _remakable(path: Path) -> bool:

@@ -7,13 +7,17 @@ import polars as pl
 import pytest
 import typer
 
+from tracegen.arrivals.models import MODELS
 from tracegen.cli import app
 from tracegen.describe import describe
 from tracegen.durations import NS_PER_S
 from tracegen.importers.azure import HEADER
+from tracegen.rates import PROFILES
 from tracegen.schema import read_metadata, read_trace, write_trace
+from tracegen.sessions import Structure
 from tracegen.synthesize import synthesize
 from tracegen.transform import scale_trace, slice_trace
+from tracegen.workload import command_words
 
 
 @pytest.fixture(autouse=True)
@@ -42,9 +46,30 @@ COMMANDS = dict(commands(typer.main.get_command(app)))
 def test_the_commands_are_these():
     assert {" ".join(path) for path in COMMANDS} == {
         "synth",
+        "import auto",
         "import azure",
+        "import bailian",
+        "import burstgpt",
+        "import mooncake",
+        "import otel",
+        "import servegen",
+        "import sharegpt",
+        "import table",
+        "import vllm-bench",
+        "export",
+        "datasets",
+        "fetch",
         "scale",
+        "warp",
         "slice",
+        "clamp",
+        "sample",
+        "merge",
+        "relabel",
+        "repeat",
+        "fit",
+        "compare",
+        "plot",
         "describe",
         "validate",
         "mixes",
@@ -69,6 +94,36 @@ def test_synth_alone_says_what_it_wrote_and_what_comes_next(run_cli, here):
     assert read_trace("trace.parquet").equals(frame)
     assert read_metadata("trace.parquet") == {"schema_version": "1.0", **metadata}
     assert names_in(here) == ["trace.parquet"]
+
+
+def test_synth_takes_all_its_options(run_cli):
+    line = (
+        "synth --mix chat:0.7,code:0.3 --rate 1..5 --duration 2m --arrivals log-ou:sigma=0.5 --profile chat-day@14h "
+        "--clients 5 --turns 3 --think 5s --max-context 9000 --system-prompts 2:300 --block-tokens 32 --shard 1/2"
+    )
+    code, out, _ = run_cli(*line.split(), "--seed", "3")
+    assert code == 0
+    structure = Structure(
+        clients=5, turns=3, think_s=5, max_context=9000, system_prompts=2, system_tokens=300, block_tokens=32
+    )
+    frame, metadata = synthesize(
+        "chat:0.7,code:0.3", "1..5", 120 * NS_PER_S, 3,
+        arrivals="log-ou:sigma=0.5", profile="chat-day@14h", structure=structure, shard=(1, 2),
+    )  # fmt: skip
+    assert read_trace("trace.parquet").equals(frame)
+    assert read_metadata("trace.parquet") == {"schema_version": "1.0", **metadata}
+    assert f"  {metadata['prefix_hit_rate']:.1%} of input tokens are in a cache without limit" in out
+    words = command_words(metadata["parameters"], "2m")
+    assert run_cli("synth", *words, "--seed", "3", "-o", "again.parquet")[0] == 0
+    assert read_trace("again.parquet").equals(frame)
+
+
+def test_the_help_names_every_arrival_model_and_parameter(run_cli):
+    page = "".join(run_cli("synth", "--help")[1].split())  # a name may be broken at its hyphen
+    for kind, defaults in MODELS.items():
+        assert kind in page
+        assert all(name in page for name in defaults)
+    assert all(name in page for name in PROFILES)
 
 
 def test_synth_twice_is_friendly_and_the_same(run_cli, here):
@@ -97,15 +152,27 @@ def test_import_says_what_it_dropped(run_cli, here):
     assert code == 0
     assert "wrote conv.parquet: 2 requests over 1.5s" in out
     assert "read 4 rows, dropped 2" in out
-    assert "dropped 1: a token count is zero" in out
-    assert "dropped 1: not a row of" in out
+    assert "dropped 1: ContextTokens is zero" in out
+    assert "dropped 1: has too few columns" in out
     assert read_trace("conv.parquet")["arrival_ns"].to_list() == [0, 1_500_000_000]
 
     code, out, err = run_cli("import", "azure", "conv.csv.xz", "-o", "other.parquet")
     assert (code, out) == (2, "")
-    assert err.startswith("error: conv.csv.xz: line 3: a token count is zero")
+    assert err.startswith("error: conv.csv.xz: line 3: ContextTokens is zero")
     assert err.count("\n") == 1
     assert names_in(here) == ["conv.csv.xz", "conv.parquet"]
+
+
+def test_import_auto_says_which_format_it_is(run_cli, here):
+    (here / "b.csv").write_text(
+        "Timestamp,Model,Request tokens,Response tokens,Total tokens,Log Type\n5,GPT-4,1,2,3,x\n"
+    )
+    code, out, err = run_cli("import", "auto", "b.csv")
+    assert code == 0
+    assert out.startswith("b.csv: BurstGPT, version 1 and version 3 with sessions (CSV)\nwrote b.parquet: 1 requests")
+    assert out.endswith("  read 1 row, dropped 0\n")
+    assert err == "next: replay run b.parquet --tp 2 --freq 1200\n"
+    assert read_metadata("b.parquet")["generator"] == "tracegen import burstgpt"
 
 
 def test_scale_says_which_way(run_cli):
@@ -161,7 +228,8 @@ def test_mixes(run_cli):
     assert (code, err) == (0, "")
     assert "AzureLLMInferenceTrace_conv.csv" in out
     listed = json.loads(run_cli("mixes", "--json")[1])
-    assert [mix["name"] for mix in listed] == ["chat", "code"]
+    assert [mix["name"] for mix in listed][:3] == ["chat", "code", "longchat"]
+    assert listed[0]["arrivals"]["model"] == "log-ou"
     assert listed[0]["source"]["licence"] == "CC-BY-4.0"
 
 
@@ -170,13 +238,24 @@ def test_mixes(run_cli):
     [
         (["synth", "--mix", "nope"], "there is no mix 'nope'; the mixes are chat, code"),
         (["synth", "--rate", "0"], "rate 0 is not a positive number"),
-        (["synth", "--rate", "x"], "Invalid value for '--rate'"),
+        (["synth", "--rate", "x"], "'x' is not a rate"),
+        (["synth", "--arrivals", "gamma:cv=x"], "arrival model 'gamma': cv is 'x'"),
+        (["synth", "--profile", "x"], "there is no profile 'x'"),
+        (["synth", "--shard", "2"], "'2' is not a shard: use I/N"),
+        (["synth", "--system-prompts", "5"], "'5' is not a number of system prompts and their tokens"),
+        (["synth", "--turns", "0"], "turns is 0.0, not a mean"),
+        (["synth", "--think", "x"], "'x' is not a duration"),
         (["synth", "--duration", "5min"], "'5min' is not a duration"),
         (["synth", "--duration", "1ms"], "no request arrived in 1ms"),
         (["synth", "--seed", "-1"], "seed -1 is negative"),
         (["synth", "-o", "old.csv/t.parquet"], "cannot be written"),
         (["import", "azure", "none.csv"], "none.csv: no such file"),
         (["import", "azure", "old.csv"], "old.csv: line 1: the header is 'a,b'"),
+        (["import", "auto", "old.csv"], "old.csv: is of no known format; the formats are azure, "),
+        (["import", "auto", "http://example.org/a.csv"], "http://example.org: is not an https URL"),
+        (["import", "table", "old.csv"], "Missing option '--map'"),
+        (["import", "table", "old.csv", "--map", "arrival=a"], "input=COLUMN is missing"),
+        (["import", "burstgpt", "old.csv", "--limit", "0"], "--limit 0: is less than one row"),
         (["import"], "Missing command"),
         (["scale", "none.parquet", "--rate", "1"], "none.parquet: no such file"),
         (["scale", "old.csv", "--rate", "1"], "old.csv: not a readable Parquet file"),

@@ -98,6 +98,48 @@ def test_a_wide_table_is_whole_without_a_terminal(capsys):
     assert "n" * 100 in capsys.readouterr().out
 
 
+TABLE = (["", "one", "two\nms", "three", "why"], [["a", "1" * 20, "2.5", "3" * 20, "for some reason or other"]])
+
+
+def test_a_table_fits_the_terminal_and_loses_no_figure(terminal):
+    """Columns move together first; then they come in blocks, each with the first column."""
+    for columns in (100, 72, 60, 30):
+        lines = terminal(lambda: console.print_table(*TABLE), columns)
+        assert max(map(len, lines)) <= columns
+        text = "\n".join(lines)
+        assert [text.count(word) for word in ("1" * 20, "3" * 20, "2.5", "for some reason or other")] == [1, 1, 1, 1]
+        assert sum(line.startswith("a ") for line in lines) == {100: 1, 72: 1, 60: 2, 30: 3}[columns]
+
+
+def test_text_in_the_last_column_is_broken_at_its_words_under_itself(terminal):
+    reason = "for some reason or other that goes on and on"
+    rows = [["a", "1.5", reason]]
+    lines = terminal(lambda: console.print_table(["", "J", "why"], rows, left=[True, False, True], wrap=True), 40)
+    assert max(map(len, lines)) <= 40
+    begin = lines[1].index("for")
+    assert lines[1].startswith("a 1.5")
+    assert " ".join(line[begin:] for line in lines[1:]).strip() == reason
+    assert all(not line[:begin].strip() for line in lines[2:])
+
+
+def test_headings_of_several_lines_end_on_one(capsys):
+    console.print_table(["", "energy\nJ", "n"], [["a", "1", "2"]])
+    assert capsys.readouterr().out.splitlines() == ["   energy", "        J  n", "a       1  2"]
+
+
+def test_prose_is_broken_in_a_terminal_and_whole_without(terminal, capsys):
+    line = "  a sentence that is longer than what fits"
+    console.prose([line])
+    assert capsys.readouterr().out == f"{line}\n"
+    assert terminal(lambda: console.prose([line]), 20) == ["  a sentence that is", "  longer than what", "  fits", ""]
+    named = ["  ok    name  why it is", "              so"]
+    assert terminal(lambda: console.prose(["  ok    name  why it is so"]), 23) == [*named, ""], "under itself"
+
+
+def test_one_is_no_plural():
+    assert [console.plural(n, "GPU") for n in (0, 1, 2000)] == ["0 GPUs", "1 GPU", "2,000 GPUs"]
+
+
 def test_bars_do_not_stop_a_command_on_an_ascii_terminal():
     script = (
         "from tracegen import console\n"

@@ -1,6 +1,9 @@
+import hashlib
 import math
+from importlib.resources import files
 
 import numpy as np
+import polars as pl
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -10,8 +13,10 @@ from tracegen.arrivals import poisson_arrivals_ns
 from tracegen.durations import NS_PER_S
 from tracegen.errors import TraceError
 from tracegen.schema import read_trace, write_trace
+from tracegen.sessions import Structure
 from tracegen.streams import random_stream
-from tracegen.synthesize import synthesize
+from tracegen.synthesize import synthesize, synthesize_file
+from tracegen.workload import Workload
 
 MINUTE_NS = 60 * NS_PER_S
 
@@ -88,6 +93,58 @@ def test_every_trace_keeps_the_rules(mix, rate_rps, duration_ns, seed):
     }
 
 
+def test_mixes_with_shares_are_labelled_by_them():
+    frame, metadata = synthesize("chat:0.7,code:0.3", 5.0, 4000 * NS_PER_S, 1)
+    assert (frame["label"] == "chat").mean() == pytest.approx(0.7, abs=4 * math.sqrt(0.21 / frame.height))
+    assert set(metadata["lengths_fitted_to"]) == {"chat", "code"}
+    assert frame.filter(pl.col("label") == "code")["output_tokens"].mean() == pytest.approx(27.9, rel=0.1)
+    assert frame["arrival_ns"].equals(synthesize("chat", 5.0, 4000 * NS_PER_S, 1)[0]["arrival_ns"])
+
+
+def test_production_is_the_mixes_own_arrivals_and_rate():
+    frame, metadata = synthesize("chat", None, 600 * NS_PER_S, 1, arrivals="production")
+    assert metadata["parameters"] == {
+        "mix": "chat", "rate_rps": 5.53, "duration_ns": 600 * NS_PER_S, "arrivals": "production",
+    }  # fmt: skip
+    model = "log-ou:sigma=0.246,tau=127.2,cv=1.026"
+    assert frame.equals(synthesize("chat", 5.53, 600 * NS_PER_S, 1, arrivals=model)[0])
+
+
+def test_production_of_several_mixes_has_each_ones_arrivals():
+    frame, _ = synthesize("longdoc:1,code:1", 5.0, 3000 * NS_PER_S, 1, arrivals="production")
+
+    def dispersion(label):
+        counts = frame.filter(pl.col("label") == label)["arrival_ns"].to_numpy() // (10 * NS_PER_S)
+        counts = np.bincount(counts, minlength=300)
+        return counts.var() / counts.mean()
+
+    assert dispersion("longdoc") < 1.5
+    assert dispersion("code") > 20
+
+
+def test_a_mix_files_structure_is_taken_for_production(tmp_path):
+    path = tmp_path / "my.toml"
+    text = (
+        (files("tracegen.mixes") / "code.toml").read_text().replace("[source]", "[structure]\nturns = 3.0\n\n[source]")
+    )
+    path.write_text(text)
+    frame, metadata = synthesize(str(path), 2.0, 300 * NS_PER_S, 1, arrivals="production")
+    assert metadata["structure_of_mix"] == {"turns": 3.0}
+    assert metadata["mix_files_sha256"] == {str(path): hashlib.sha256(path.read_bytes()).hexdigest()}
+    assert frame["session_id"].n_unique() < frame.height
+    assert "session_id" not in synthesize(str(path), 2.0, 300 * NS_PER_S, 1)[0].columns
+    for wrong, says in (("terns = 3.0", "structure has no 'terns'"), ("turns = 'x'", "structure: '<=' not supported")):
+        path.write_text(text.replace("turns = 3.0", wrong))
+        with pytest.raises(TraceError, match=says):
+            synthesize(str(path), 2.0, 300 * NS_PER_S, 1, arrivals="production")
+
+
+def test_a_file_larger_than_its_disk_is_not_begun(tmp_path):
+    with pytest.raises(TraceError, match=r"1e\+18 requests are expected, about 1e\+10 GB, and .* GB are free"):
+        synthesize_file(tmp_path / "t.parquet", Workload("chat", 1e12, 10**6 * NS_PER_S))
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
@@ -96,11 +153,17 @@ def test_every_trace_keeps_the_rules(mix, rate_rps, duration_ns, seed):
         ({"rate_rps": -1.0}, "rate -1 is not a positive"),
         ({"rate_rps": math.nan}, "rate nan is not a positive"),
         ({"rate_rps": math.inf}, "rate inf is not a positive"),
-        ({"rate_rps": 1e9}, "at most 20,000,000"),
+        ({"rate_rps": 1e9}, "at most 100,000,000 are made in memory"),
         ({"duration_ns": 0}, "duration 0 ns is not positive"),
         ({"duration_ns": 1000}, "no request arrived"),
         ({"seed": -1}, "seed -1 is negative"),
         ({"arrivals": "nope"}, "there is no arrival model 'nope'; the models are poisson"),
+        ({"arrivals": "production", "mix": "sharegpt"}, "mix 'sharegpt' has no arrivals of its own"),
+        ({"arrivals": "production", "mix": "chat:1,code:1", "rate_rps": None}, "say with --rate"),
+        ({"profile": "nope"}, "there is no profile 'nope'; use chat-day"),
+        ({"arrivals": "clients", "structure": Structure(clients=3)}, "has clients of its own"),
+        ({"shard": (3, 2)}, "shard 3/2 is none"),
+        ({"shard": (0, 2)}, "shard 0/2 is none"),
     ],
 )
 def test_wrong_arguments_are_named(change, says):

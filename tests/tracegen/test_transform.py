@@ -6,12 +6,27 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tracegen.describe import rate_rps
+from tracegen.describe import dispersion, rate_rps
 from tracegen.durations import NS_PER_S
 from tracegen.errors import TraceError
+from tracegen.prefixes import hit_rate
 from tracegen.schema import file_sha256, read_metadata, write_trace
+from tracegen.sessions import Structure
 from tracegen.synthesize import synthesize
-from tracegen.transform import cut, scale, scale_trace, slice_trace
+from tracegen.transform import (
+    chain,
+    clamp,
+    cut,
+    merge,
+    merge_traces,
+    relabel,
+    repeat,
+    sample,
+    scale,
+    scale_trace,
+    slice_trace,
+    warp,
+)
 
 MINUTE_NS = 60 * NS_PER_S
 
@@ -20,6 +35,13 @@ MINUTE_NS = 60 * NS_PER_S
 def chat():
     """About 3000 requests at 5/s."""
     return synthesize("chat", 5.0, 10 * MINUTE_NS, 1)[0]
+
+
+@pytest.fixture(scope="module")
+def talks():
+    """About 1200 turns of 400 sessions of 20 clients, with prefix hashes of 64 tokens a block."""
+    structure = Structure(turns=3, think_s=20.0, clients=20)
+    return synthesize("chat", 4.0, 5 * MINUTE_NS, 1, structure=structure)[0]
 
 
 def bursty(seed):
@@ -132,19 +154,169 @@ def test_rates_that_cannot_be(chat, make_frame):
         scale(chat, 1e9, 1)
 
 
-@pytest.mark.parametrize("column", ["session_id", "parent_id", "think_ns"])
-def test_sessions_are_not_torn(make_frame, column):
-    frame = make_frame(**{column: [1, None, 1]})
-    for change in (lambda f: scale(f, 0.5, 1), lambda f: scale(f, 5.0, 1), lambda f: cut(f, 0, NS_PER_S)):
-        with pytest.raises(TraceError, match=f"column '{column}': its requests depend on each other"):
-            change(frame)
+def assert_whole(frame, all_of_them=None):
+    """Parents are there, earlier and in the same session; with `all_of_them`, sessions have all their turns."""
+    turns = frame.filter(pl.col("parent_id").is_not_null())
+    parents = frame.select(
+        pl.col("request_id").alias("parent_id"),
+        pl.col("session_id").alias("same"),
+        pl.col("arrival_ns").alias("before"),
+    )
+    joined = turns.join(parents, on="parent_id", how="left")
+    assert joined["same"].equals(joined["session_id"], check_names=False)
+    assert (joined["before"] <= joined["arrival_ns"]).all()
+    if all_of_them is not None:
+        sizes = dict(all_of_them["session_id"].value_counts().iter_rows())
+        assert all(count == sizes[number] for number, count in frame["session_id"].value_counts().iter_rows())
 
 
-def test_copies_do_not_share_prefixes(make_frame):
-    frame = make_frame(prefix_hashes=[[1], [1], [2]])
-    with pytest.raises(TraceError, match="cannot scale up a trace with column 'prefix_hashes'"):
-        scale(frame, 5.0, 1)
-    assert scale(frame, 1.0, 1)[0].height == 3
+def test_thinning_and_sampling_take_whole_sessions(talks):
+    thin, _ = scale(talks, rate_rps(talks) / 2, 1)
+    assert_whole(thin, talks)
+    assert 0.35 < thin.height / talks.height < 0.65
+    few = sample(talks, 100, 1)
+    assert_whole(few, talks)
+    assert 80 < few.height <= 100
+
+
+def test_copies_of_sessions_are_other_sessions_with_other_prefixes(talks):
+    busy, _ = scale(talks, 3 * rate_rps(talks), 2)
+    assert_whole(busy)
+    assert busy["request_id"].n_unique() == busy.height
+    # Sessions that the turn cut in two count twice, no session is mixed up with another.
+    assert busy["session_id"].n_unique() >= 3 * talks["session_id"].n_unique()
+    assert busy.group_by("session_id").len()["len"].max() <= talks.group_by("session_id").len()["len"].max()
+    # Nobody hits the cache of another copy, so the share of what is known stays.
+    assert hit_rate(busy, 64) == pytest.approx(hit_rate(talks, 64), abs=0.02)
+
+
+def test_turns_without_sessions_are_refused(make_frame):
+    frame = make_frame(parent_id=[None, 0, 1])
+    for change in (lambda: scale(frame, 0.5, 1), lambda: sample(frame, 1, 1), lambda: repeat(frame, 2, 1)):
+        with pytest.raises(TraceError, match="no session_id that says which turns belong together"):
+            change()
+
+
+def test_a_slice_leaves_no_turn_without_its_parent(talks):
+    part = cut(talks, MINUTE_NS, 3 * MINUTE_NS)
+    assert_whole(part)
+    orphans = part.filter(pl.col("parent_id").is_null())["request_id"]
+    assert talks.filter(pl.col("request_id").is_in(orphans.implode()) & pl.col("parent_id").is_not_null()).height > 0
+    assert part.filter(pl.col("parent_id").is_null())["think_ns"].null_count() == orphans.len()
+
+
+@given(st.floats(0.01, 100))
+@settings(max_examples=30, deadline=None)
+def test_a_warp_changes_times_only(time_scale):
+    frame = bursty(0)
+    warped = warp(frame, time_scale)
+    assert warped.drop("arrival_ns").equals(frame.drop("arrival_ns"))
+    assert warped["arrival_ns"].is_sorted()
+    assert rate_rps(warped) == pytest.approx(rate_rps(frame) / time_scale, rel=1e-6)
+
+
+def test_warped_users_think_as_much_longer(make_frame):
+    frame = make_frame(session_id=[1, 1, 1], parent_id=[None, 0, 1], think_ns=[None, 10, 30])
+    assert warp(frame, 2.0)["think_ns"].to_list() == [None, 20, 60]
+    for scale_ in (0.0, -1.0, math.nan, 1e300):
+        with pytest.raises(TraceError, match="time scale"):
+            warp(frame, scale_)
+
+
+@given(st.integers(2, 2000), st.sampled_from(["drop", "clip"]))
+@settings(max_examples=40, deadline=None)
+def test_clamped_requests_fit(max_context, how):
+    frame = bursty(1).with_columns(output_tokens=pl.col("input_tokens") // 3 + 1)
+    clamped, changed = clamp(frame, max_context, how)
+    total = clamped["input_tokens"].cast(pl.Int64) + clamped["output_tokens"]
+    assert total.max() <= max_context
+    assert min(clamped["input_tokens"].min(), clamped["output_tokens"].min()) >= 1
+    fits = frame["input_tokens"] + frame["output_tokens"] <= max_context
+    assert changed == (~fits).sum()
+    kept = clamped.filter(pl.col("request_id").is_in(frame.filter(fits)["request_id"].implode()))
+    assert (
+        kept.select("input_tokens", "output_tokens")
+        .cast(pl.Int64)
+        .equals(frame.filter(fits).select("input_tokens", "output_tokens").cast(pl.Int64))
+    )
+
+
+def test_dropping_a_turn_drops_those_that_build_on_it(make_frame):
+    frame = make_frame(
+        range(4), session_id=[1, 1, 1, 2], parent_id=[None, 0, 1, None], input_tokens=[5, 99, 6, 7]
+    ).with_columns(pl.col("input_tokens").cast(pl.UInt32))
+    assert clamp(frame, 50, "drop")[0]["request_id"].to_list() == [0, 3]
+    with pytest.raises(TraceError, match="no request fits"):
+        clamp(frame, 3, "drop")
+
+
+def test_clipped_prefixes_end_with_their_input(make_frame):
+    frame = make_frame([1, 2], input_tokens=[100, 10], prefix_hashes=[[1, 2, 3, 4, 5, 6], [1]])
+    clipped, changed = clamp(frame.cast({"input_tokens": pl.UInt32}), 50, "clip", block_tokens=16)
+    assert changed == 1
+    assert clipped["input_tokens"].to_list() == [40, 10]
+    assert clipped["prefix_hashes"].to_list() == [[1, 2], [1]]
+
+
+def test_a_sample_has_as_many_as_asked_for_in_their_order(chat):
+    few = sample(chat, 500, 3)
+    assert few.height == 500
+    assert chat.filter(pl.col("request_id").is_in(few["request_id"].implode())).equals(few)
+    assert not few.equals(sample(chat, 500, 4))
+    with pytest.raises(TraceError, match="cannot sample"):
+        sample(chat, chat.height + 1, 1)
+
+
+def test_a_merge_holds_every_request_and_mixes_nothing_up(talks, chat):
+    both = merge([talks, chat, talks], ["a", "b", "c"])
+    assert both.height == 2 * talks.height + chat.height
+    assert both["request_id"].to_list() == list(range(both.height))
+    assert_whole(both.filter(pl.col("session_id").is_not_null()))
+    assert both["session_id"].drop_nulls().n_unique() == 2 * talks["session_id"].n_unique()
+    assert both["client_id"].drop_nulls().n_unique() == 2 * talks["client_id"].n_unique()
+    lengths = pl.concat([f.select("input_tokens", "output_tokens") for f in (talks, chat, talks)])
+    assert sorted(both.select("input_tokens", "output_tokens").iter_rows()) == sorted(lengths.iter_rows())
+
+
+def test_a_merge_labels_what_has_no_label(make_frame):
+    both = merge([make_frame(), make_frame(label=["x", None, "x"])], ["one", "two"])
+    assert sorted(both["label"]) == ["one", "one", "one", "two", "x", "x"]
+    assert relabel(both, "y", only="x")[0]["label"].to_list().count("y") == 2
+    assert set(relabel(both, "z")[0]["label"]) == {"z"}
+    with pytest.raises(TraceError, match="the labels are one, two, x"):
+        relabel(both, "y", only="q")
+    with pytest.raises(TraceError, match="two traces or more"):
+        merge([both], ["one"])
+
+
+def test_a_repetition_begins_with_the_trace_and_goes_on_with_others(chat):
+    longer = repeat(chat, 4, 1)
+    first = longer.head(chat.height)
+    assert first.drop("request_id").equals(chat.drop("request_id"))
+    span = chat["arrival_ns"][-1] - chat["arrival_ns"][0]
+    second = longer.filter(pl.col("arrival_ns") > chat["arrival_ns"][-1])
+    # Other gaps, the same lengths in another order: neither is a copy.
+    gaps = [set(f["arrival_ns"].diff().drop_nulls().to_list()) for f in (first, second.head(chat.height))]
+    assert gaps[0] != gaps[1]
+    assert not second["input_tokens"].head(100).equals(chat["input_tokens"].head(100))
+    assert set(second["input_tokens"]) <= set(chat["input_tokens"])
+    assert rate_rps(longer) == pytest.approx(rate_rps(chat), rel=0.06)
+    assert 3.9 * span < longer["arrival_ns"][-1] < 4.1 * span
+    assert repeat(chat, 4, 1).equals(longer)
+    assert not repeat(chat, 4, 2).equals(longer)
+
+
+def test_repeated_bursts_stay_bursts():
+    frame = bursty(2)
+    longer = repeat(frame, 3, 1)
+    assert dispersion(longer["arrival_ns"], 1) == pytest.approx(dispersion(frame["arrival_ns"], 1), rel=0.2)
+
+
+def test_repeated_sessions_stay_whole(talks):
+    longer = repeat(talks, 3, 5)
+    assert_whole(longer)
+    assert longer.height == pytest.approx(3 * talks.height, rel=0.15)
+    assert hit_rate(longer, 64) == pytest.approx(hit_rate(talks, 64), abs=0.05)
 
 
 @given(st.integers(0, 40 * MINUTE_NS), st.integers(1, 40 * MINUTE_NS))
@@ -181,3 +353,37 @@ def test_metadata_lead_back_to_the_origin(chat, tmp_path):
     assert thin["metadata"]["seed"] == 7
     assert thin["metadata"]["parameters"]["method"] == "thinning"
     assert thin["metadata"]["source"]["metadata"] == read_metadata(tmp_path / "chat.parquet")
+
+
+def test_the_chain_of_transforms_is_in_the_file(chat, tmp_path):
+    write_trace(
+        chat, tmp_path / "chat.parquet", {"generator": "tracegen synth", "seed": 1, "parameters": {"mix": "chat"}}
+    )
+    write_trace(*swap(scale_trace(tmp_path / "chat.parquet", 2.0, 7), tmp_path / "thin.parquet"))
+    write_trace(*swap(slice_trace(tmp_path / "thin.parquet", 0, MINUTE_NS), tmp_path / "part.parquet"))
+    steps = chain(read_metadata(tmp_path / "part.parquet"))
+    assert [step["generator"] for step in steps] == ["tracegen synth", "tracegen scale", "tracegen slice"]
+    assert steps[1] | {"parameters": 0} == {
+        "generator": "tracegen scale",
+        "parameters": 0,
+        "seed": 7,
+        "file": "chat.parquet",
+    }
+    merged = merge_traces([tmp_path / "part.parquet", tmp_path / "thin.parquet"])[1]
+    assert chain(merged) == [
+        {"generator": "tracegen merge", "parameters": {}, "files": ["part.parquet", "thin.parquet"]}
+    ]
+    assert len(chain(merged["sources"][0]["metadata"])) == 3
+
+
+def swap(made, path):
+    frame, metadata = made
+    return frame, path, metadata
+
+
+def test_blocks_of_different_lengths_are_not_merged(make_frame, tmp_path):
+    for name, tokens in (("a", 16), ("b", 64)):
+        frame = make_frame(prefix_hashes=[[1], [2], [3]])
+        write_trace(frame, tmp_path / f"{name}.parquet", {"generator": "x", "block_tokens": tokens})
+    with pytest.raises(TraceError, match="blocks of different lengths"):
+        merge_traces([tmp_path / "a.parquet", tmp_path / "b.parquet"])
