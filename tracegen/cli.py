@@ -19,9 +19,6 @@ if TYPE_CHECKING:
 
 app = make_app("Make, import and describe traces of LLM requests: arrival times, input and output token lengths.")
 app.add_typer(import_app, name="import")
-app.command()(export)
-app.command()(datasets)
-app.command()(fetch)
 
 TraceFile = Annotated[Path, typer.Argument(metavar="FILE", help="A trace file (Parquet).", show_default=False)]
 Seed = Annotated[int, typer.Option(help="Seed of all random numbers; the same seed gives the same file.")]
@@ -221,11 +218,14 @@ def mixes(json: AsJson = False) -> None:
     say("SS to LL: the nine sizes of the papers, one length each way.")
 
 
-for command_name, command in TRANSFORMS.items():
-    app.command(command_name)(command)
 app.command()(fit)
 app.command()(compare)
 app.command()(plot)
+for command_name, command in TRANSFORMS.items():
+    app.command(command_name)(command)
+app.command()(export)
+app.command()(datasets)
+app.command()(fetch)
 
 
 if __name__ == "__main__":

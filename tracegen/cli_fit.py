@@ -29,9 +29,9 @@ def fit(
     Lengths and how they depend on each other, arrivals, clients, sessions and prefix reuse. Then twins are synthesized
     from the mix, and how well they match is printed.
 
-    --private: whether any one request was in the trace changes the chance of any mix file by a factor of exp(epsilon)
-    at most. The file has lengths and arrivals, from noisy counts alone; the comparison that is printed is with the
-    trace itself and is not in the file. The noise differs from fit to fit.
+    A private fit (--private) is differentially private: whether any one request was in the trace changes the chance
+    of any mix file by a factor of exp(epsilon) at most. The file has lengths and arrivals, from noisy counts alone;
+    the comparison that is printed is with the trace itself and is not in the file. The noise differs from fit to fit.
 
     \b
     Examples:

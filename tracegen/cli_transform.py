@@ -111,8 +111,8 @@ def clamp(
 ) -> None:
     """Clamp requests to a context length.
 
-    --drop also leaves out the later turns of a session, which build on the one that is too long. --clip shortens the
-    input, and the output only where it alone is too long.
+    With --drop the later turns of a session go, too, which build on the one that is too long. With --clip the input
+    gets shorter, and the output only where it alone is too long.
 
     \b
     Examples:

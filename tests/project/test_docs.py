@@ -136,9 +136,10 @@ def test_every_command_and_option_says_what_it_does():
         assert heading.split()[0] in COMMANDS
         is_group = "COMMAND [ARGS]" in section
         assert is_group or "Examples:" in section, heading
-        for line in re.findall(r"^  (-\S.*)$", section, re.MULTILINE):
+        options = section.split("\nOptions:\n", 1)[1]
+        for line in re.findall(r"^  (-\S.*)$", options, re.MULTILINE):
             # An option without help is a line that ends with its name; long names put the help on the next line.
-            following = section.split(line, 1)[1].split("\n")[1]
+            following = options.split(line, 1)[1].split("\n")[1]
             assert re.search(r"\S\s{2,}\S", line) or following.startswith("      "), (heading, line)
 
 

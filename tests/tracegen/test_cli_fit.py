@@ -1,4 +1,6 @@
 import json
+import re
+from pathlib import Path
 
 import polars as pl
 import pytest
@@ -15,11 +17,11 @@ def here(tmp_path, monkeypatch):
 
 
 def test_fit_synth_compare_plot(run_cli, here):
-    run_cli("synth", "--rate", "5", "--duration", "5m", "-o", "a.parquet")
+    run_cli("synth", "--rate", "5", "--duration", "2m", "-o", "a.parquet")
     code, out, err = run_cli("fit", "a.parquet", "-o", "my.toml", "--seeds", "2")
     assert code == 0
     assert out.startswith("wrote my.toml: how 2 synthetic twins of the trace match it")
-    assert "arrivals: poisson" in out
+    assert "  arrivals: " in out
     assert "ks input" in out
     assert err.rstrip().endswith("next: tracegen synth --mix my.toml --arrivals production")
 
@@ -103,3 +105,14 @@ def test_bad_input_is_one_line(run_cli, here, line, says):
     assert (code, out) == (2, "")
     assert says in err
     assert err.count("\n") == 1
+
+
+def test_the_pages_python_runs_as_written(here, capsys):
+    page = (Path(__file__).parents[2] / "docs" / "tracegen.md").read_text(encoding="utf-8")
+    section = page.split("## Changing a trace", 1)[1].split("\n## ", 1)[0]
+    (code,) = re.findall(r"^```python\n(.*?)^```", section, re.MULTILINE | re.DOTALL)
+    exec(compile(code, "docs/tracegen.md", "exec"), {})
+    said = capsys.readouterr().out
+    assert "tracegen scale" in said
+    assert "tracegen clamp" in said
+    assert (here / "both.svg").exists()

@@ -108,7 +108,8 @@ def test_the_closed_form_of_the_dispersion_is_that_of_the_model(text):
         ("log-ou:sigma=0.5,tau=30,cv=1", {"log-ou", "mmpp"}),  # a random rate: which, one hour hardly tells
     ],
 )
-def test_the_model_is_found_by_how_counts_vary(text, kinds):
+def test_the_model_is_found_by_how_counts_vary(text, kinds, monkeypatch):
+    monkeypatch.setattr("tracegen.fit.arrivals.SIMULATIONS", 24)
     arrival_ns = simulate_ns(parse_arrivals(text), 4.0, 1200.0, 2)
     moments = measure_moments(arrival_ns)
     best, tried = fit_arrivals(moments, 1)
@@ -119,7 +120,8 @@ def test_the_model_is_found_by_how_counts_vary(text, kinds):
             assert low * 0.8 - 0.05 <= moments.dispersion[window] <= high * 1.25 + 0.05
 
 
-def test_bursts_between_silences_are_on_and_off():
+def test_bursts_between_silences_are_on_and_off(monkeypatch):
+    monkeypatch.setattr("tracegen.fit.arrivals.SIMULATIONS", 24)
     arrival_ns = simulate_ns(make_arrivals("on-off", {}), 2.5, 3600.0, 3)
     assert fit_arrivals(measure_moments(arrival_ns), 1)[0].arrivals.kind == "on-off"
 
@@ -143,18 +145,20 @@ def test_sessions_and_clients_are_found_again():
 def test_own_tokens_are_what_a_turn_adds():
     frame = pl.DataFrame(
         {
-            "request_id": [0, 1, 2],
-            "arrival_ns": [0, 10 * NS_PER_S, 11 * NS_PER_S],
-            "input_tokens": [100, 175, 9],
-            "output_tokens": [50, 5, 5],
-            "session_id": [1, 1, 2],
-            "parent_id": [None, 0, None],
+            "request_id": [0, 1, 2, 3],
+            "arrival_ns": [0, 10 * NS_PER_S, 11 * NS_PER_S, 12 * NS_PER_S],
+            "input_tokens": [100, 175, 9, 20],
+            "output_tokens": [50, 5, 6, 7],
+            "session_id": [1, 1, 2, 2],
+            "parent_id": [None, 0, None, 2],
         }
     )
     tied = fit_structure(frame, None)
-    assert tied.own_tokens.tolist() == [100, 25, 9]
-    assert tied.starts_ns.tolist() == [0, 11 * NS_PER_S]
-    assert tied.structure["turns"] == 1.5
+    # Whether the session that is there from the beginning began then, nobody knows: its first input is left out.
+    assert tied.own_tokens.tolist() == [25, 9, 5]
+    assert tied.outputs.tolist() == [5, 6, 7]
+    assert tied.starts_ns.tolist() == [11 * NS_PER_S]
+    assert tied.structure["turns"] == 2.0
 
 
 def test_turns_without_their_history_are_no_sessions_for_synth():

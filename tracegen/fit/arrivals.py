@@ -181,8 +181,9 @@ def candidates(moments: Moments) -> Iterator[Arrivals]:
     if moments.gap_cv is not None and moments.gap_cv < CV_RANGE[0]:
         yield make_arrivals("constant", {})
     yield make_arrivals("poisson", {})
-    yield make_arrivals("gamma", {"cv": _round(cv)})
-    yield make_arrivals("weibull", {"cv": _round(cv)})
+    if abs(cv - 1) > 2 / math.sqrt(moments.rate_rps * moments.span_s):  # two standard errors of a Poisson process's CV
+        yield make_arrivals("gamma", {"cv": _round(cv)})
+        yield make_arrivals("weibull", {"cv": _round(cv)})
     for kind, fit in FITS.items():
         if kind != "on-off" or moments.bursts is not None:
             found = fit(moments)

@@ -84,7 +84,7 @@ def save_mix(fit: Fit, path: str | Path) -> None:
 def _open_file(
     path: Path,
     frame: pl.DataFrame,
-    facts_of: Facts,
+    source_facts: Facts,
     tied: Tied,
     seed: int,
     components: int | None,
@@ -93,15 +93,14 @@ def _open_file(
     """The mix file of a fit that is not private, the models tried, and what it could not do."""
     remarks = list(tied.remarks)
     progress("fitting lengths")
-    outputs = frame["output_tokens"].cast(pl.Int64).to_numpy()
-    lengths = fit_lengths(tied.own_tokens, outputs, seed, components)
+    lengths = fit_lengths(tied.own_tokens, tied.outputs, seed, components)
     arrivals: dict[str, Any] = {}
     tried: list[Fitted] = []
     if tied.starts_ns.size > 1 and tied.starts_ns[-1] > tied.starts_ns[0]:
         progress("choosing an arrival model")
         moments = measure_moments(tied.starts_ns)
         best, tried = fit_arrivals(moments, seed)
-        arrivals = _arrivals_table(best.arrivals, moments.rate_rps * frame.height / tied.starts_ns.size)
+        arrivals = _arrivals_table(best.arrivals, float(source_facts.figures["rate_rps"] or 0))
         remarks += _grid(tied)
     else:
         remarks.append("all requests arrive at once, so the mix has no arrivals")
@@ -109,8 +108,8 @@ def _open_file(
         "file": path.name,
         "sha256": file_sha256(path),
         "rows": frame.height,
-        "mean_input_tokens": round(float(facts_of.figures["mean_input_tokens"] or 0), 1),
-        "mean_output_tokens": round(float(facts_of.figures["mean_output_tokens"] or 0), 1),
+        "mean_input_tokens": round(float(source_facts.figures["mean_input_tokens"] or 0), 1),
+        "mean_output_tokens": round(float(source_facts.figures["mean_output_tokens"] or 0), 1),
         "fit": "tracegen fit: expectation maximization, then least squares on both marginal distributions and buckets",
     }
     tables: dict[str, Mapping[str, Any]] = {
@@ -118,7 +117,7 @@ def _open_file(
         "arrivals": arrivals,
         "structure": tied.structure,
         "goodness": {},
-        "source_buckets": {name: round(share, 6) for name, share in facts_of.buckets.items()},
+        "source_buckets": {name: round(share, 6) for name, share in source_facts.buckets.items()},
     }
     return MixFile(f"Fitted to {path.name}", lengths, tables, _NOTES), tried, remarks
 

@@ -1,7 +1,7 @@
 """Fit what ties requests together: clients, sessions, shared prefixes, as fields of `tracegen.sessions.Structure`."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,8 @@ class Tied:
     """What was found, and the trace as single requests that start sessions."""
 
     structure: dict[str, Any]  # fields of Structure
-    own_tokens: Ints  # the input of each request without what was said before in its session
+    own_tokens: Ints  # the inputs without what was said before in their sessions
+    outputs: Ints  # of the same requests
     starts_ns: Ints  # when sessions begin; without sessions, when requests arrive
     remarks: list[str] = field(default_factory=list)
 
@@ -38,7 +39,7 @@ def fit_structure(frame: pl.DataFrame, block_tokens: int | None) -> Tied:
     """
     structure = _clients(frame)
     inputs = frame["input_tokens"].cast(pl.Int64).to_numpy()
-    tied = Tied(structure, inputs, frame["arrival_ns"].to_numpy())
+    tied = Tied(structure, inputs, frame["output_tokens"].cast(pl.Int64).to_numpy(), frame["arrival_ns"].to_numpy())
     firsts = pl.repeat(True, frame.height, eager=True)
     if {"session_id", "parent_id"} <= set(frame.columns) and frame["parent_id"].null_count() < frame.height:
         tied, firsts = _sessions(frame, tied)
@@ -79,7 +80,7 @@ def _sessions(frame: pl.DataFrame, tied: Tied) -> tuple[Tied, pl.Series]:
     later = own_tokens.filter(~firsts)
     if later.is_empty() or (later < 1).sum() > later.len() / 10:
         remark = "turns do not hold what was said before them, so sessions are left out"
-        return Tied(tied.structure, tied.own_tokens, tied.starts_ns, [*tied.remarks, remark]), ~firsts | True
+        return replace(tied, remarks=[*tied.remarks, remark]), ~firsts | True
     waited = pl.col("arrival_ns") - pl.col("parent_ns") - pl.col("parent_output") * ASSUMED_NS_A_TOKEN
     think = pl.coalesce("think_ns", waited) if "think_ns" in frame.columns else waited
     think_s = joined.filter(~firsts).select(think.clip(1_000_000) / NS_PER_S).to_series().to_numpy()
@@ -91,8 +92,15 @@ def _sessions(frame: pl.DataFrame, tied: Tied) -> tuple[Tied, pl.Series]:
         "think_sigma": round(min(float(logs.std()), 5.0), 3),
         "max_context": int((frame["input_tokens"].cast(pl.Int64) + frame["output_tokens"]).max()),  # type: ignore[arg-type]
     }
-    starts_ns = frame.filter(firsts)["arrival_ns"].to_numpy()
-    return Tied(structure, own_tokens.clip(1).to_numpy(), starts_ns, tied.remarks), firsts
+    # At the beginning, sessions that began before the trace look new, with all that was said before as their own: what
+    # seems to begin within the length of nine sessions of ten, or half the trace, is not looked at.
+    lasted = frame.group_by("session_id").agg(pl.col("arrival_ns").max() - pl.col("arrival_ns").min())["arrival_ns"]
+    arrival_ns = frame["arrival_ns"].to_numpy()
+    early_ns = min(float(lasted.quantile(0.9) or 0), float(arrival_ns[-1] - arrival_ns[0]) / 2)
+    first = firsts.to_numpy()
+    sure = ~first | (arrival_ns - arrival_ns[0] >= early_ns)
+    own, outputs = own_tokens.clip(1).to_numpy()[sure], tied.outputs[sure]
+    return Tied(structure, own, outputs, arrival_ns[first & sure], tied.remarks), firsts
 
 
 def _system(frame: pl.DataFrame, block_tokens: int, structure: Structure) -> dict[str, Any]:
