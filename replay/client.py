@@ -13,7 +13,7 @@ import aiohttp
 
 from replay.clock import now_ns
 from replay.http1 import not_http
-from replay.stream import EventStream, Record, network_error, shorten, take_whole
+from replay.stream import EventStream, LongLineError, Record, network_error, shorten, take_whole
 
 _LARGE_BYTES = 1 << 20
 _SHOWN = re.compile(r"^\s*(b(['\"]).*\2)\s*$", re.MULTILINE)  # what aiohttp's parser could not read, as it shows it
@@ -61,6 +61,8 @@ class CompletionsClient:
                 pass
         except TimeoutError as error:  # the operating system's too, which has words of its own
             record.status, record.error = "timeout", str(error) or f"no end within {self._timeout.total} s"
+        except LongLineError as error:
+            record.status, record.error = "stream_error", str(error)
         except aiohttp.ClientResponseError as error:
             record.status, record.error = "http_error", _bad_head(error)
         except (aiohttp.ClientError, OSError) as error:

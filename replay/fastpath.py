@@ -15,7 +15,7 @@ from replay.http1 import HttpError
 from replay.reqlog import RequestLog
 from replay.shards import read_rows
 from replay.stamps import ANCILLARY_BYTES, ArrivalClock
-from replay.stream import Record, network_error, shorten, take_whole
+from replay.stream import LongLineError, Record, network_error, shorten, take_whole
 from replay.tally import Tally
 from replay.timerfd import NS_PER_MS, NS_PER_S, TimerFd, now_ns
 from replay.workload import FOREVER_NS, Config, Job, RateLimit, Workload
@@ -294,7 +294,11 @@ class FastPath:
             pass
         elif record.http_status == 200 and self._config.stream:
             waits, before = record.first_token_ns is None, record.output_tokens
-            connection.events.feed(body, at_ns)
+            try:
+                connection.events.feed(body, at_ns)
+            except LongLineError as error:
+                self._give_up(connection, "stream_error", str(error), at_ns)
+                return
             if record.output_tokens is not before:
                 self.tally.tokens += (record.output_tokens or 0) - (before or 0)
             if waits and record.first_token_ns is not None:

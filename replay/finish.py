@@ -11,8 +11,10 @@ from replay import verdicts
 from replay.compaction import compact_requests
 from replay.counters import Window
 from replay.engines.base import Engine
+from replay.prepare import clear_helpers
+from replay.resume import end_stretch
 from replay.rundir import Run, compact, has_table, table_batches, write_manifest
-from replay.summary import measured, rows_of, stretches
+from replay.summary import ENDED, measured, rows_of, stretches
 from replay.tables import TABLES
 from tracegen.errors import RunError
 from tracegen.schema import write_parquet
@@ -41,11 +43,26 @@ _TIMES = ["scheduled_ns", "sent_ns", "first_token_ns", "done_ns"]
 _ALIKE = ["instance", "request_id", "kind", "tokens_per_step"]
 
 
-def finish_run(run_dir: Path, manifest: dict[str, Any], engine: Engine, late_ns: Sequence[int]) -> None:
+def finish_killed(run_dir: Path, manifest: dict[str, Any], engine: Engine) -> None:
+    """Finish a run that was killed when all its requests were on record; `manifest` as `take_up` has left it.
+
+    Idle power after the run stays unknown where it was not measured before the kill, and so do the client's delays.
+    """
+    if "measure_end_ns" not in manifest:  # it was killed before it had noted how the sending ended
+        count = rows_of(Run(run_dir, manifest), "trace")
+        manifest |= end_stretch(manifest, manifest["stretches"][-1]["end_ns"])
+        manifest["requests"] = {"planned": count, "sent": count, "ended": count}
+    if manifest["state"] not in ENDED:
+        manifest["state"] = "finishing"
+    clear_helpers(run_dir)
+    finish_run(run_dir, manifest, engine, None)
+
+
+def finish_run(run_dir: Path, manifest: dict[str, Any], engine: Engine, late_ns: Sequence[int] | None) -> None:
     """Turn the parts in `run_dir` into whole tables and write the last manifest.
 
     `manifest["state"]` becomes `complete`, unless it says that the run was interrupted or failed. `late_ns` are the
-    event loop's delays.
+    event loop's delays; None where they are not known any more.
     """
     for table in ("requests", "warmup"):
         compact_requests(run_dir, table)
@@ -103,7 +120,7 @@ def _within(column: str, windows: Sequence[Window]) -> pl.Expr:
     return pl.any_horizontal(pl.col(column).is_between(*window) for window in windows)
 
 
-def judge(run_dir: Path, manifest: dict[str, Any], late_ns: Sequence[int]) -> list[verdicts.Verdict]:
+def judge(run_dir: Path, manifest: dict[str, Any], late_ns: Sequence[int] | None) -> list[verdicts.Verdict]:
     """Every verdict on the run in `run_dir`; where it was resumed and a pause would tell, on its worst stretch."""
 
     def table(name: str) -> pl.DataFrame | None:

@@ -30,6 +30,7 @@ from replay.manifest import host
 from replay.plan import Plan
 from replay.rundir import scan_table, write_manifest
 from replay.steplog import StepFollower
+from replay.summary import measured
 from replay.warmup import warm_up
 from tracegen.console import plural
 from tracegen.durations import format_duration
@@ -66,11 +67,7 @@ async def prepare(plan: Plan, prepared: Prepared, stack: AsyncExitStack, progres
     Raises a `WattraceError` with what is wrong and what to do.
     """
     ports = _ports(plan)
-    hardware = None
-    if plan.profile is not None:
-        from replay.sim.hardware import Hardware
-
-        hardware = Hardware(plan.profile, plan.tp)
+    hardware = _hardware(plan)
     uuids = await _prepare_gpus(plan, prepared, hardware, stack, progress)
     for number, group in enumerate(plan.groups):
         ids = [uuids[gpu] for gpu in group] if uuids else []
@@ -87,6 +84,20 @@ async def prepare(plan: Plan, prepared: Prepared, stack: AsyncExitStack, progres
         if plan.engine == "url":
             progress.say("SIMULATED: the server says that it is a simulated engine")
     await _follow_steps(plan, prepared, stack, progress)
+
+
+def _hardware(plan: Plan) -> "Hardware | None":
+    """What the simulated engine simulates; None where the engine is real."""
+    if plan.profile is None:
+        return None
+    from replay.sim.hardware import Hardware
+
+    return Hardware(plan.profile, plan.tp)
+
+
+def idle_engine(plan: Plan, progress: Progress) -> Engine:
+    """The plan's first engine, which is not to be started: what it has served is on record."""
+    return _make_engine(plan, 0, _hardware(plan), 0, [], 0, progress)
 
 
 def _ports(plan: Plan) -> list[int]:
@@ -277,7 +288,7 @@ async def settle(plan: Plan, prepared: Prepared, progress: Progress, salt: int) 
         progress.status(f"warming up with {plural(plan.warmups, 'request')} an instance")
         await warm_up(plan, prepared.served, salt)
         prepared.manifest["warmups"] = plan.warmups * len(prepared.served)
-    if plan.options.warmup_ns:
+    if plan.options.warmup_ns and not measured(prepared.manifest, None):
         progress.say(f"what is due in the first {format_duration(plan.options.warmup_ns)} is sent, but not measured")
     if prepared.sampler is None:
         return
@@ -308,6 +319,7 @@ async def measure_idle(plan: Plan, prepared: Prepared, progress: Progress, when:
     write_manifest(plan.run_dir, prepared.manifest)
 
 
-def clear_step_logs(run_dir: Path) -> None:
-    """Remove the recorders' logs: what they say is in the tables."""
+def clear_helpers(run_dir: Path) -> None:
+    """Remove the recorders' logs, for what they say is in the tables, and a board that a kill left."""
     shutil.rmtree(run_dir / _STEP_LOGS, ignore_errors=True)
+    (run_dir / _BOARD).unlink(missing_ok=True)

@@ -3,7 +3,7 @@
 import asyncio
 import os
 import shutil
-from collections.abc import Callable, Sequence, Sized
+from collections.abc import Callable, Container, Mapping, Sequence, Sized
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from replay import reqlog, shards
 from replay.reqlog import files, number_of, owner_of
-from replay.rundir import PartWriter, read_manifest
+from replay.rundir import PartWriter, read_manifest, table_batches
 from replay.stream import Record
 from replay.tables import REQUESTS
 from tracegen.errors import ReplayError
@@ -84,9 +84,20 @@ def _array(kind: pa.DataType, values: Sequence[Any], *buffers: Any, children: Se
 class RecordStore:
     """Stores what the workers of a run have logged; memory is bounded by what a second brings."""
 
-    def __init__(self, run_dir: Path, *, save_chunks: bool = True, measure_start_ns: int = 0) -> None:
-        """Where the logs and the table are; what was due before `measure_start_ns` goes to the warm-up's own table."""
-        self._run_dir, self._save_chunks, self._measure_start_ns = run_dir, save_chunks, measure_start_ns
+    def __init__(
+        self,
+        run_dir: Path,
+        *,
+        save_chunks: bool = True,
+        measure_start_ns: int = 0,
+        early: Container[int] = frozenset(),
+    ) -> None:
+        """Where the logs and the table are.
+
+        What was due before `measure_start_ns` goes to the warm-up's own table, and requests of the ids in `early`.
+        """
+        self._run_dir, self._save_chunks = run_dir, save_chunks
+        self._measure_start_ns, self._early = measure_start_ns, early
         (run_dir / "requests.parquet").mkdir(exist_ok=True)
 
     def store(self, *, rest: bool = False) -> int:
@@ -99,8 +110,8 @@ class RecordStore:
     def _store(self, path: Path) -> int:
         """Store one file as the part of its name, of two tables where it has the warm-up's end; and remove it."""
         records, stored = list(reqlog.read(path)), 0
-        early = [record for record in records if record.scheduled_ns < self._measure_start_ns]
-        late = [record for record in records if record.scheduled_ns >= self._measure_start_ns]
+        early = [record for record in records if self._in_warm_up(record)]
+        late = [record for record in records if not self._in_warm_up(record)]
         for table, mine in (("warmup", early), ("requests", late)):
             # A part is renamed into place when it is whole: its log was not removed in time, and says nothing new.
             if mine and not (self._run_dir / f"{table}.parquet" / f"{path.stem}.parquet").exists():
@@ -109,6 +120,9 @@ class RecordStore:
                 stored += len(mine)
         path.unlink()
         return stored
+
+    def _in_warm_up(self, record: Record) -> bool:
+        return record.scheduled_ns < self._measure_start_ns or record.request_id in self._early
 
     def _store_whole(self) -> None:
         self.store()
@@ -147,9 +161,23 @@ def recover(run_dir: Path) -> int:
         manifest = read_manifest(run_dir)
         save_chunks = manifest.get("arguments", {}).get("save_chunks") is not False
         start_ns = manifest.get("measure_start_ns", 0)
-        stored = RecordStore(run_dir, save_chunks=save_chunks, measure_start_ns=start_ns).store(rest=True)
+        early = sent_again_early(run_dir, manifest)
+        store = RecordStore(run_dir, save_chunks=save_chunks, measure_start_ns=start_ns, early=early)
+        stored = store.store(rest=True)
     _clear(run_dir)
     return stored
+
+
+def sent_again_early(run_dir: Path, manifest: Mapping[str, Any]) -> frozenset[int]:
+    """Which requests are the warm-up's by the trace, however late they are sent: of a run that goes on, else none.
+
+    One that was in flight when the run was cut short, behind its warm-up, is sent again then, but never measured.
+    """
+    warmup_ns = manifest.get("arguments", {}).get("warmup_ns")
+    if not warmup_ns or len(manifest.get("stretches") or ()) < 2:
+        return frozenset()
+    batches = table_batches(run_dir, "trace", ["request_id", "arrival_ns"])
+    return frozenset(i for rows in batches for i in rows.filter(pl.col("arrival_ns") < warmup_ns)["request_id"])
 
 
 def left_over(run_dir: Path) -> int:

@@ -135,6 +135,9 @@ class TakenUp:
     @property
     def news(self) -> str:
         """What is left, for the first line."""
+        if self.remaining.is_empty():
+            all_ = plural(self.recorded, "request")
+            return f"all {all_} on record: what is left is to put the tables together and to judge the run"
         again = f", {self.unanswered:,} of them sent before and not answered" if self.unanswered else ""
         return f"going on: {plural(self.recorded, 'request')} on record, {self.remaining.height:,} left{again}"
 
@@ -143,8 +146,8 @@ def take_up(run_dir: Path) -> TakenUp:
     """Make the run in `run_dir`, which nobody writes into now, ready to go on.
 
     What its workers had logged is stored; its tables become parts; rows of requests that were aborted or found no
-    server are dropped, and the engine's work for requests that are sent again is nobody's. Raises `ReplayError` when
-    nothing is left to send.
+    server are dropped, and the engine's work for requests that are sent again is nobody's. Nothing remains of a run
+    that was killed while it was finished. Raises `ReplayError` when a run that was judged has nothing left to send.
     """
     _restore(run_dir)
     recover(run_dir)
@@ -155,7 +158,7 @@ def take_up(run_dir: Path) -> TakenUp:
     record = pl.concat([REQUESTS.to_frame().select(columns), *records])
     ended = record.filter(~pl.col("status").is_in(UNANSWERED))["request_id"]
     remaining = trace.filter(~pl.col("request_id").is_in(ended.implode()))
-    if remaining.is_empty():
+    if remaining.is_empty() and run.manifest["verdicts"]:
         why = "" if run.manifest["state"] == "complete" else "; its tables can be read as they are"
         raise ReplayError(f"{run_dir}: nothing is left to send: all {trace.height:,} requests are on record{why}")
     manifest = {**run.manifest, "stretches": closed(run)}
@@ -242,11 +245,14 @@ def _staged(run_dir: Path, table: str) -> Path:
 
 
 def _restore(run_dir: Path) -> None:
-    """Mend what a kill in the middle of `_set_aside` left."""
+    """Mend what a kill left in the middle of `_set_aside`, or while parts were made one table."""
     for table in TABLES:
-        path = run_dir / f"{table}.parquet"
-        if not path.exists() and _staged(run_dir, table).is_dir():
-            _staged(run_dir, table).rename(path)
+        path, parts = run_dir / f"{table}.parquet", run_dir / f".{table}.parts"
+        for folder in (_staged(run_dir, table), parts):
+            if not path.exists() and folder.is_dir():
+                folder.rename(path)
+        shutil.rmtree(parts, ignore_errors=True)
+        (run_dir / f".{table}.whole.parquet").unlink(missing_ok=True)
 
 
 def _set_aside(run_dir: Path, table: str) -> None:

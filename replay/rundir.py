@@ -17,7 +17,7 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from replay.tables import TABLES, check_table
+from replay.tables import TABLES, check_table, named
 from tracegen.errors import RunError
 from tracegen.schema import write_parquet
 
@@ -149,7 +149,7 @@ def _reading(path: Path, table: str) -> Iterator[None]:
         yield
     except (pa.ArrowException, pl.exceptions.PolarsError, OSError, ValueError) as error:
         why = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise RunError(f"{path}: not readable as a {table} table ({why})") from None
+        raise RunError(f"{path}: not readable as {named(table)} ({why})") from None
 
 
 def has_table(run_dir: Path, table: str) -> bool:
@@ -169,7 +169,7 @@ def table_files(run_dir: Path, table: str) -> list[Path]:
     parts = sorted(path.glob(_PARTS))
     torn = [part for part in parts if not _whole(part)]
     if torn and read_manifest(run_dir).get("state") in _ENDED:
-        raise RunError(f"{torn[0]}: not readable as a {table} table (torn), though the run has ended")
+        raise RunError(f"{torn[0]}: not readable as {named(table)} (torn), though the run has ended")
     if len(torn) == len(parts):
         raise RunError(f"{run_dir}: has no table {table}.parquet")
     return [part for part in parts if part not in torn]

@@ -23,14 +23,14 @@ from replay.clock import NS_PER_S, now_ns
 from replay.cut import check_descriptors, cut, worker_count
 from replay.engines.attach import bearer
 from replay.engines.base import Engine
-from replay.finish import finish_run
+from replay.finish import finish_killed, finish_run
 from replay.hold import hold
 from replay.live import Progress
 from replay.manifest import anchor, first_manifest, host
 from replay.metrics import scrape
 from replay.plan import Plan, RunOptions, fit_lengths, make_plan
-from replay.prepare import Prepared, clear_step_logs, measure_idle, prepare, run_prefix, settle
-from replay.records import RecordStore, check_space, reserve
+from replay.prepare import Prepared, clear_helpers, idle_engine, measure_idle, prepare, run_prefix, settle
+from replay.records import RecordStore, check_space, reserve, sent_again_early
 from replay.resume import TakenUp, begin_stretch, end_stretch, resumed_options, take_up
 from replay.router import Router
 from replay.rundir import MANIFEST, write_manifest
@@ -88,19 +88,18 @@ async def run(options: RunOptions, progress: Progress) -> Path:
     made = options.resume is None and claim(plan.run_dir)
     with hold(plan.run_dir):
         if options.resume is not None:
-            await _take_up(plan, state, progress)
+            state.taken = taken = await asyncio.to_thread(take_up, plan.run_dir)
+            progress.say(taken.news)
+            if taken.remaining.is_empty():
+                await asyncio.to_thread(finish_killed, plan.run_dir, taken.manifest, idle_engine(plan, progress))
+                return plan.run_dir
+            fresh = taken.goes_on(state.manifest)
+            state.prepared = Prepared(fresh, first_steps=taken.first_steps, counters=taken.counters)
         write_manifest(plan.run_dir, state.manifest)
         run_dir, carrying_out = plan.run_dir, _carry_out(plan, state, progress, keep_folder=not made)
         del plan  # and with it, once it has been cut, the trace
         await carrying_out
     return run_dir
-
-
-async def _take_up(plan: Plan, state: _State, progress: Progress) -> None:
-    """Go on with the run that is in the run directory."""
-    state.taken = taken = await asyncio.to_thread(take_up, plan.run_dir)
-    state.prepared = Prepared(taken.goes_on(state.manifest), first_steps=taken.first_steps, counters=taken.counters)
-    progress.say(taken.news)
 
 
 async def _carry_out(plan: Plan, state: _State, progress: Progress, *, keep_folder: bool) -> None:
@@ -234,7 +233,7 @@ def _end_of_helpers(plan: Plan, state: _State, progress: Progress) -> None:
         elif "no_steps" not in state.manifest:
             state.manifest["no_steps"] = follower.error
             progress.warn(f"engine steps are not whole: {follower.error}")
-    clear_step_logs(plan.run_dir)
+    clear_helpers(plan.run_dir)
     settings = state.prepared.settings
     if settings is not None and settings.not_restored is not None:
         state.manifest["not_restored"] = settings.not_restored
@@ -312,7 +311,8 @@ async def _measure(plan: Plan, state: _State, workers: LoadWorkers, progress: Pr
     # What is left of a run is due at once, at its own distances.
     epoch_ns = start_ns - (0 if state.taken is None else state.trace["arrival_ns"][0])
     measure_ns = begin_stretch(state.manifest, start_ns, epoch_ns + options.warmup_ns)
-    store = RecordStore(plan.run_dir, save_chunks=options.save_chunks, measure_start_ns=measure_ns)
+    early = sent_again_early(plan.run_dir, state.manifest)
+    store = RecordStore(plan.run_dir, save_chunks=options.save_chunks, measure_start_ns=measure_ns, early=early)
     arrival_ns, simulated = state.trace["arrival_ns"].to_numpy(), state.manifest["engine"] == "simulated"
     state.manifest["clock_anchors"].append(anchor())
     write_manifest(plan.run_dir, state.manifest)

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from replay.stream import printable
 from tracegen.console import plural
 
 _IN_FIGURES = " (answered: in the latencies)"
@@ -15,10 +16,11 @@ def lines(summary: dict[str, Any]) -> list[str]:
     s, error = summary, _client_error(summary)
     mark = "SIMULATED  " if s["simulated"] else ""
     lasted = f", {s['energy_why']}" if s["seconds"] is None else f" in {s['seconds']:.1f} s"
+    model = printable(str(s["model"]))  # an attached server's may be any text
     planned = "? requests" if s["requests_planned"] is None else plural(s["requests_planned"], "request")
     result = [
         f"{mark}{'killed' if s['killed'] else s['state']}: {s['requests_ok']:,} of {planned} ok{lasted}{_paused(s)}",
-        f"run     {Path(s['trace']).name} on {s['model']}; {'virtual time' if s['virtual_time'] else s['begun']}",
+        f"run     {Path(s['trace']).name} on {model}; {'virtual time' if s['virtual_time'] else s['begun']}",
         f"node    {_node(s)}",
     ]
     if s["warmup_s"]:

@@ -15,6 +15,7 @@ import msgspec
 GONE = "the server went away"  # what the error of a request that found nobody any more begins with
 _NOBODY = {errno.ECONNREFUSED, errno.EHOSTUNREACH, errno.EHOSTDOWN, errno.ENETUNREACH, errno.ETIMEDOUT}
 _ERROR_CHARS = 300  # of a server's error body: enough to tell, small enough for a table cell
+_LINE_BYTES = 1 << 20  # of one line of a stream: events have some 100 bytes, those of 128 KB must work
 _DATA = b"data:"
 _DATA_SPACE = b"data: "
 _DONE = b"[DONE]"
@@ -88,28 +89,51 @@ class Record:
     by_chunks: bool = False  # whether chunk_tokens are ones because usage proved it at the end; not in the table
 
 
+class LongLineError(Exception):
+    """A stream that has a line of more than 1 MiB: no server's event is as long."""
+
+    def __init__(self) -> None:
+        super().__init__("a line of more than 1 MiB")
+
+
 class EventStream:
     """Parses one response's server-sent events into its record."""
 
-    __slots__ = ("_record", "_rest", "done", "error", "finished")
+    __slots__ = ("_record", "_rest", "_rest_bytes", "done", "error", "finished")
 
     def __init__(self, record: Record) -> None:
         self._record = record
-        self._rest = b""
+        self._rest: list[bytes] = []  # pieces of the line that has not ended, put together when it has
+        self._rest_bytes = 0
         self.done = False
         self.finished = False
         self.error: str | None = None
 
     def feed(self, data: bytes, at_ns: int) -> None:
-        """Take `data`, which came at `at_ns`; an event cut in two waits for its rest."""
+        """Take `data`, which came at `at_ns`; an event cut in two waits for its rest.
+
+        Raises `LongLineError` for a line of more than 1 MiB: nothing more is to be taken then.
+        """
         # One whole event is what servers send at a time.
         if data.find(b"\n") == len(data) - 2 and data.startswith(_DATA_SPACE) and not self._rest:
             self._line(data[6:-2], at_ns)
             return
-        *lines, self._rest = (self._rest + data).split(b"\n")
-        for line in lines:
-            if line.startswith(_DATA):
-                self._line(line[len(_DATA) :].strip(), at_ns)
+        first, *others = data.split(b"\n")
+        if others:
+            *lines, last = b"".join([*self._rest, first]), *others
+            for line in lines:
+                if len(line) > _LINE_BYTES:
+                    raise LongLineError
+                if line.startswith(_DATA):
+                    self._line(line[len(_DATA) :].strip(), at_ns)
+            self._rest, self._rest_bytes = [], 0
+        else:
+            last = first
+        if last:
+            self._rest.append(last)
+            self._rest_bytes += len(last)
+            if self._rest_bytes > _LINE_BYTES:
+                raise LongLineError
 
     def _line(self, payload: bytes, at_ns: int) -> None:
         if payload == _DONE:
@@ -219,5 +243,10 @@ def network_error(error: Exception, *, answered: bool) -> str:
 
 
 def shorten(body: bytes) -> str:
-    """An error body as one short line."""
-    return " ".join(body.decode("utf-8", "replace").split())[:_ERROR_CHARS]
+    """An error body as one short line that a terminal can show."""
+    return printable(" ".join(body.decode("utf-8", "replace").split())[:_ERROR_CHARS])[:_ERROR_CHARS]
+
+
+def printable(text: str) -> str:
+    """A server's words with control characters as Python's `repr` writes them: raw, they redraw a terminal."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)

@@ -122,6 +122,11 @@ TABLES: dict[str, pl.Schema] = {
 _OPTIONAL: dict[str, pl.Schema] = {"trace": TRACE_OPTIONAL, "requests": REQUESTS_OPTIONAL, "warmup": REQUESTS_OPTIONAL}
 
 
+def named(table: str) -> str:
+    """`table` with its article, for messages."""
+    return f"{'an' if table[0] in 'aeiou' else 'a'} {table} table"
+
+
 def check_table(frame: pl.LazyFrame, table: str, source: Path, columns: Sequence[str] | None = None) -> pl.LazyFrame:
     """`frame` with the known columns of `table` in their types; unknown columns are kept.
 
@@ -132,7 +137,7 @@ def check_table(frame: pl.LazyFrame, table: str, source: Path, columns: Sequence
     casts = []
     for name in TABLES[table] if columns is None else columns:
         if name not in have:
-            raise RunError(f"{source}: column '{name}' is missing; a {table} table has {', '.join(TABLES[table])}")
+            raise RunError(f"{source}: column '{name}' is missing; {named(table)} has {', '.join(TABLES[table])}")
     known = {**TABLES[table], **_OPTIONAL.get(table, {})}
     for name, dtype in known.items():
         if name not in have or have[name] == dtype:

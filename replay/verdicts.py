@@ -70,10 +70,13 @@ def dispatch_lag(requests: pl.DataFrame) -> Verdict:
     return Verdict("dispatch_lag", p99 <= LAG_BOUND_MS, p99, LAG_BOUND_MS, why)
 
 
-def loop_stall(late_ns: Sequence[int]) -> Verdict:
-    """Whether the client itself held nothing up: the event loop's worst delay, ms."""
+def loop_stall(late_ns: Sequence[int] | None) -> Verdict:
+    """Whether the client itself held nothing up: the event loop's worst delay, ms; None where nobody can say."""
     if not late_ns:
-        return Verdict("loop_stall", None, None, STALL_BOUND_MS, "the run was too short to measure it")
+        why = (
+            "the run was too short to measure it" if late_ns is not None else "not known: replay was killed at the end"
+        )
+        return Verdict("loop_stall", None, None, STALL_BOUND_MS, why)
     worst = max(late_ns) / NS_PER_MS
     why = f"event loop late by p99 {np.quantile(late_ns, 0.99) / NS_PER_MS:.2f} ms, max {worst:.2f} ms"
     return Verdict("loop_stall", worst <= STALL_BOUND_MS, worst, STALL_BOUND_MS, why)
@@ -315,8 +318,10 @@ def idle_measured(before: Sequence[dict[str, float]], after: Sequence[dict[str, 
     """Whether idle power is known on both sides of the run: the count of GPUs where it is not."""
     if not before:
         return Verdict("idle_measured", None, None, None, "no power was read")
-    missing = sum(not b for b in before) + sum(not a for a in after)
-    why = "idle power measured before and after the run" if not missing else "idle power is missing before or after"
+    lacking = {"before": sum(not b for b in before), "after": sum(not a for a in after)}
+    missing = sum(lacking.values())
+    where = " and ".join(when for when, count in lacking.items() if count)
+    why = f"idle power is missing {where} the run" if missing else "idle power measured before and after the run"
     return Verdict("idle_measured", missing == 0, float(missing), 0.0, why)
 
 

@@ -82,9 +82,12 @@ def _wholeness(run: Run) -> Iterable[Finding]:
             damaged[table] = str(error)
     fine = f"every checksum is right; rows: {', '.join(f'{table} {count:,}' for table, count in rows.items())}"
     yield Finding("tables", not damaged, "; ".join(damaged.values()) or fine)
-    for table, look in (("trace", _requests), ("power", _power), ("steps", _steps)):
-        if table not in damaged and "requests" not in damaged:
-            yield look(run)
+    for look in (_requests, _power, _steps):
+        try:
+            found = look(run)
+        except RunError:  # a table that it needs is damaged, which was said
+            continue
+        yield found
     yield _left_over(run)
 
 
@@ -119,6 +122,9 @@ def _requests(run: Run) -> Finding:
         _some(np.setdiff1d(once, planned), "on record that the trace lacks"),
     ]
     said = [text for text in wrong if text]
+    asked = run.manifest["arguments"].get("warmup_ns")
+    if asked and unrecorded.size and run.manifest["state"] == "complete" and not run.has("warmup"):
+        said.append("warmup.parquet, which has what was due in the warm-up, is missing")
     if logged := left_over(run.path):
         said.append(f"{plural(logged, 'record')} still in the load workers' logs: 'replay run --resume' stores them")
     why = f"; {'; '.join(said)}" if said else ", each once" + (f", {early.size:,} in the warm-up" if early.size else "")

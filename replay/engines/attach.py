@@ -7,6 +7,7 @@ import aiohttp
 import polars as pl
 
 from replay.engines.base import Served
+from replay.stream import printable
 from replay.workload import through_proxies
 from tracegen.errors import ReplayError
 
@@ -50,7 +51,9 @@ async def ask_models(base_url: str, model: str | None, timeout_s: float, api_key
         model = next(iter(found))
     if model not in found:
         asked = f"has no model '{model}'" if model else "serves several models"
-        raise ReplayError(f"{base_url} {asked}; choose with --model: {', '.join(found) or 'it lists none'}")
+        raise ReplayError(
+            f"{base_url} {asked}; choose with --model: {', '.join(map(printable, found)) or 'it lists none'}"
+        )
     return Served(base_url, model, lengths[model], simulated, api_key)
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import aiohttp
 
 from replay.clock import NS_PER_S, now_ns
+from replay.stream import printable
 from tracegen.errors import ReplayError
 
 _POLL_S = 0.1
@@ -107,4 +108,4 @@ class ServerProcess:
         with self._log.open("rb") as log:
             log.seek(max(0, self._log.stat().st_size - _LOG_BYTES))
             text = log.read().decode(errors="replace")
-        return [line for raw in text.splitlines() if (line := _PREFIX.sub("", raw).strip())]
+        return [printable(line) for raw in text.splitlines() if (line := _PREFIX.sub("", raw).strip())]

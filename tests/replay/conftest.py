@@ -61,8 +61,8 @@ def make_trace():
 def replay():
     """`replay.session.run` without a terminal; what it does, not how it looks."""
 
-    def replay(trace, **options):
-        return asyncio.run(run(RunOptions(trace, **options), QuietProgress()))
+    def replay(trace, progress=None, **options):
+        return asyncio.run(run(RunOptions(trace, **options), progress or QuietProgress()))
 
     return replay
 

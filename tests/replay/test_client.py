@@ -238,6 +238,12 @@ def test_an_event_that_is_no_chunk_is_shown(exchange, text):
     assert (row.status, row.error) == ("stream_error", f"not a completion chunk: {text}")
 
 
+def test_what_a_server_says_cannot_redraw_a_terminal(exchange):
+    said = "data: \x1b[31mred\x9b2J \u202eback\x07 \u00e9\n\n".encode()
+    row, _ = exchange(HEAD, said, DONE)
+    assert row.error == r"not a completion chunk: \x1b[31mred\x9b2J \u202eback\x07 " + "\u00e9"
+
+
 @pytest.mark.parametrize("status", [400, 500])
 def test_an_http_error_keeps_status_and_body(exchange, status):
     body = b'{"error": {"message": "prompt too long"}}'

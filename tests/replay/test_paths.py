@@ -134,6 +134,26 @@ def test_faults_at_a_fifth_of_the_requests_leave_each_on_record_once(send_rows, 
 
 
 @BOTH
+def test_a_line_without_an_end_ends_its_answer_and_nobody_elses(send_rows, kind):
+    """Of 1 MiB it is still an event; nothing is read of what comes behind that."""
+
+    def script(number, _):
+        if number == 42:
+            return [HEAD, chunk(b"data: "), *[chunk(b"x" * 2**16)] * 80, 3600.0]
+        if number == 43:
+            spaces = 2**20 - len(event(2).rstrip())
+            return [HEAD, chunk(event(1)), chunk(event(2).rstrip() + b" " * spaces + b"\n\n"), *list(good())[3:]]
+        return good()
+
+    with Server(script) as server:
+        rows = send_rows(kind, server.url, [(i, 3, 3) for i in range(11)], request_timeout_s=20.0).run()
+    first, second, *others = sorted(rows, key=lambda row: row.request_id)
+    assert (first.status, first.error) == ("stream_error", "a line of more than 1 MiB")
+    assert (second.status, second.output_tokens, list(second.chunk_tokens)) == ("ok", 3, [1, 1, 1])
+    assert {row.status for row in others} == {"ok"}
+
+
+@BOTH
 def test_connections_are_used_again(send_rows, kind):
     with Server(lambda *_: good()) as server:
         rows = send_rows(kind, server.url, [(40 * i, 3, 3) for i in range(10)]).run()

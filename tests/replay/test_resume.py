@@ -117,6 +117,50 @@ def test_nothing_is_left_of_a_complete_run(sim_run, tmp_path):
     assert {path.name: path.read_bytes() for path in run_dir.iterdir()} == before
 
 
+@pytest.mark.parametrize("state", ["running", "finishing"])
+def test_a_run_that_was_killed_while_it_was_finished_is_put_together_and_judged(sim_run, tmp_path, replay, state):
+    """With parts not yet joined, one table on its way from parts to a file, and nobody who serves."""
+    run = Run.open(shutil.copytree(sim_run, tmp_path / "run"))
+    before = {table: rows(run, table) for table in TABLES if run.has(table)}
+    take_aside(run.path)
+    parts = run.path / "steps.parquet"
+    parts.rename(run.path / ".steps.parts")
+    (run.path / ".steps.whole.parquet").touch()
+    (run.path / ".board").touch()
+    ended = {"measure_end_ns", "requests", "valid", "invalid_because"} if state == "running" else {"valid"}
+    manifest = {key: value for key, value in run.manifest.items() if key not in ended}
+    if state == "running":
+        manifest["stretches"] = [{**manifest["stretches"][0], "end_ns": None}]
+    for entry in manifest["gpus"]:
+        entry.pop("idle_power_after_w", None)
+    write_manifest(run.path, {**manifest, "state": state, "verdicts": []})
+    assert replay(Path(), resume=run.path) == run.path
+    again, found = Run.open(run.path), check(run.path)
+    assert [finding["why"] for finding in found["wholeness"] if finding["ok"] is False] == []
+    assert again.manifest["state"] == "complete"
+    assert again.manifest["requests"] == {"planned": 24, "sent": 24, "ended": 24}
+    assert len(again.manifest["stretches"]) == 1, "nothing was sent"
+    for table, frame in before.items():
+        assert rows(again, table).equals(frame), table
+    verdicts = {verdict["name"]: verdict for verdict in again.manifest["verdicts"]}
+    assert verdicts["error_rate"]["ok"]
+    assert verdicts["loop_stall"]["ok"] is None
+    assert verdicts["idle_measured"]["why"] == "idle power is missing after the run"
+    with pytest.raises(ReplayError, match="nothing is left to send"):
+        take_up(run.path)
+
+
+def take_aside(run_dir):
+    """Make every table but the trace a folder of one part, as it is before a run is finished."""
+    for path in run_dir.glob("*.parquet"):
+        if path.stem == "truth":
+            path.unlink()
+        elif path.stem != "trace":
+            part = path.rename(run_dir / "part")
+            path.mkdir()
+            part.rename(path / "part-000000.parquet")
+
+
 def test_a_run_goes_on_with_its_own_options(cut_short):
     given = RunOptions(Path(), resume=cut_short.path, api_key="secret")
     options = resumed_options(given)

@@ -10,6 +10,7 @@ from analysis.energy import attribute
 from analysis.saved import RunEnergy
 from analysis.serving import serving
 from replay.finish import judge
+from replay.live import PlainProgress
 from replay.records import RecordStore, left_over, recover
 from replay.reqlog import RequestLog
 from replay.resume import begin_stretch, end_stretch, take_up
@@ -199,3 +200,45 @@ def test_a_run_is_sent_whole_and_measured_from_the_end_of_its_warm_up(make_trace
     assert run.manifest["requests"] == {"planned": 12, "sent": 12, "ended": 12}
     assert Path(run.path / "warmup.parquet").is_file()
     assert check(run.path)["whole"]
+
+
+def test_a_missing_table_of_the_warm_up_is_named(warmed):
+    (warmed.path / "warmup.parquet").unlink()
+    (said,) = [finding for finding in check(warmed.path)["wholeness"] if finding["ok"] is False]
+    assert said["name"] == "requests"
+    assert "8 without a record" in said["why"]
+    assert "warmup.parquet, which has what was due in the warm-up, is missing" in said["why"]
+
+
+def test_what_was_due_in_a_warm_up_that_is_over_is_never_measured(make_trace, replay, plain_server, tmp_path, capsys):
+    """Two requests of the warm-up were in flight when the run was killed behind it: they are sent again, much later."""
+    trace = make_trace(tmp_path / "trace.parquet", [(i * 100, 20, 3) for i in range(12)])
+    options = {"warmup_ns": 500 * 1_000_000, "progress": PlainProgress()}
+    run = Run.open(replay(trace, engine=plain_server, output=tmp_path / "run", **options))
+    assert "is sent, but not measured" in capsys.readouterr().err
+    lost = {"warmup": [103, 104], "requests": [110, 111]}
+    for table, ids in lost.items():
+        write(run, table, run.scan(table).collect().filter(~pl.col("request_id").is_in(ids)))
+    write_manifest(run.path, {**run.manifest, "state": "interrupted"})
+    replay(Path(), resume=run.path, progress=options["progress"])
+    assert "is sent, but not measured" not in capsys.readouterr().err, "the warm-up is over"
+    again = Run.open(run.path)
+    early, late = (again.scan(table).collect() for table in ("warmup", "requests"))
+    assert sorted(early["request_id"]) == list(range(100, 105))
+    assert sorted(late["request_id"]) == list(range(105, 112))
+    assert summarize(run.path)["warmup_requests"] == 5
+    assert check(run.path)["whole"]
+
+
+def test_what_the_log_of_a_second_stretch_has_goes_where_the_trace_says(tmp_path, make_trace):
+    make_trace(tmp_path / "trace.parquet", [(0, 1, 3), (9, 1, 3), (10, 1, 3)])
+    log = RequestLog(tmp_path, 0, save_chunks=True)
+    for row in (record(101, 5 * S), record(102, 6 * S)):
+        log.add(row)
+    log.write()
+    manifest = {"state": "running", "measure_start_ns": S, "arguments": {"warmup_ns": 10_000_000}}
+    write_manifest(tmp_path, {**manifest, "stretches": [{"start_ns": 0, "end_ns": 2 * S}, {"start_ns": 5 * S}]})
+    assert recover(tmp_path) == 2
+    run = Run.open(tmp_path)
+    assert run.scan("warmup").collect()["request_id"].to_list() == [101]
+    assert run.scan("requests").collect()["request_id"].to_list() == [102]

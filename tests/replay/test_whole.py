@@ -107,6 +107,20 @@ def test_a_killed_run_says_what_it_lacks(copy):
     assert "valid: not judged, the run has not ended" in lines(found)
 
 
+@pytest.mark.parametrize("table", ["steps", "warmup", "power", "arrivals"])
+def test_a_table_that_was_cut_off_is_named_and_the_others_are_judged(copy, table):
+    path = copy.path / f"{table}.parquet"
+    if not path.exists():  # of a run without a warm-up
+        shutil.copy(copy.path / "requests.parquet", path)
+    path.write_bytes(path.read_bytes()[:-100])
+    found = check(copy.path)
+    (said,) = [finding for finding in found["wholeness"] if finding["name"] == "tables"]
+    assert said["ok"] is False
+    article = "an" if table == "arrivals" else "a"
+    assert said["why"].startswith(f"{path}: not readable as {article} {table} table (")
+    assert "seed" in {finding["name"] for finding in found["reproducibility"]}
+
+
 def test_what_a_complete_run_should_have_removed_is_a_fault(copy):
     (copy.path / ".requests.whole.parquet").touch()
     assert told(copy) == {"left_over": "left over: .requests.whole.parquet"}
