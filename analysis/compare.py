@@ -97,8 +97,7 @@ def compare_arms(a: Arm, b: Arm, *, paired: bool = True, seed: int = 0) -> Compa
     warnings = _warnings(runs, [*a.energies, *b.energies])
     if paired:
         tables, lost = _in_common(tables, runs)
-        if lost:
-            warnings.append(f"left out, for not every run served them in full: {plural(lost, 'request')}")
+        warnings += _left_out(lost, runs)
     for table, run in zip(tables, runs, strict=True):
         if table.is_empty():
             raise AnalysisError(f"{run.path}: no request was served")
@@ -143,8 +142,8 @@ def _served(run: Run, energy: RunEnergy) -> pl.DataFrame:
     return table.select("request_id", "bucket", *METRICS)
 
 
-def _in_common(tables: list[pl.DataFrame], runs: Sequence[Run]) -> tuple[list[pl.DataFrame], int]:
-    """Of each table the requests that all have, in one order; and how many of the first run's these are not."""
+def _in_common(tables: list[pl.DataFrame], runs: Sequence[Run]) -> tuple[list[pl.DataFrame], pl.Series]:
+    """Of each table the requests that all have, in one order; and which of the longest table's these are not."""
     first = tables[0]
     common = first
     for table in tables[1:]:
@@ -154,8 +153,20 @@ def _in_common(tables: list[pl.DataFrame], runs: Sequence[Run]) -> tuple[list[pl
         paths = ", ".join(str(run.path) for run in runs)
         raise AnalysisError(f"{paths} served no request in common; compare with --unpaired")
     ids = common["request_id"]
-    most = max(table.height for table in tables)
-    return [ids.to_frame("request_id").hstack(beside(ids, table)) for table in tables], most - common.height
+    most = max((table["request_id"] for table in tables), key=len)
+    lost = most.clear() if len(most) == len(ids) else most.filter(~most.is_in(ids.implode()))
+    return [ids.to_frame("request_id").hstack(beside(ids, table)) for table in tables], lost
+
+
+def _left_out(lost: pl.Series, runs: Sequence[Run]) -> list[str]:
+    """What to say of the requests `lost`, which some run served and others did not, or not in what is measured."""
+    early = [run.scan("warmup", ["request_id"]).collect()["request_id"] for run in runs if run.has("warmup")]
+    warmed = lost.filter(lost.is_in(pl.concat(early).implode())) if early else lost.clear()
+    counts = {
+        "they were due in a run's warm-up": len(warmed),
+        "not every run served them in full": len(lost) - len(warmed),
+    }
+    return [f"left out, for {why}: {plural(count, 'request')}" for why, count in counts.items() if count]
 
 
 def _copies(arm: Arm, tables: Sequence[pl.DataFrame]) -> list[str]:
@@ -239,11 +250,12 @@ def _with_verdict(difference: Difference, p_value: float | None) -> Difference:
 
 
 def _total(run: Run, energy: RunEnergy) -> dict[str, Any]:
-    """A run's whole energy over the requests that it served, idle time included."""
+    """A run's whole energy over the requests that it served, idle time included, work for its warm-up's left out."""
     served = run.scan("requests", ["status", "output_tokens"]).filter(pl.col("status") == "ok")
     count, tokens = served.select(pl.len(), pl.col("output_tokens").cast(pl.Int64).sum()).collect().row(0)
     summary = energy.summary or {}
     measured_j = summary.get("measured_j")
+    served_j = None if measured_j is None else measured_j - float(summary.get("warmup_j") or 0.0)
     return {
         "run": run.name,
         "served": count,
@@ -251,8 +263,8 @@ def _total(run: Run, energy: RunEnergy) -> dict[str, Any]:
         "scope": energy.scope,
         "measured_j": measured_j,
         "idle_j": summary.get("idle_j"),
-        "measured_per_request_j": measured_j / count if measured_j is not None and count else None,
-        "measured_per_output_token_j": measured_j / tokens if measured_j is not None and tokens else None,
+        "measured_per_request_j": served_j / count if served_j is not None and count else None,
+        "measured_per_output_token_j": served_j / tokens if served_j is not None and tokens else None,
     }
 
 

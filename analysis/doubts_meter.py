@@ -2,10 +2,12 @@
 
 from typing import Any
 
+from analysis.counter import UNREAD
 from analysis.evidence import CONCERNED, DOUBT, ERROR, OK, UNKNOWN, Doubt, Evidence
 from analysis.idle import UNKNOWN_REL
 from analysis.load import HOLE_S, NS_PER_S
-from analysis.manifest import MOST_BOARD_W, gpu_entry
+from analysis.manifest import MOST_BOARD_W, gpu_entry, pauses_ns
+from analysis.patches import EDGE_S
 from analysis.stretches import AT_CAP_REL, OFF_CLOCK_REL
 from replay.rundir import MANIFEST
 from tracegen.console import plural
@@ -71,6 +73,8 @@ def sensor_gaps(case: Evidence) -> Doubt:
     if holes.count:
         why = f"{holes.count} holes of more than {HOLE_S} s, {holes.seconds:.1f} GPU-seconds in all, "
         why += f"the longest {case.readings.longest_hole_s:.1f} s"
+    if case.readings.paused_s:
+        why += f"; {case.readings.paused_s:.1f} GPU-seconds that the run lay paused by --resume are none"
     do = "look for what held the sampler up; replay on a machine that is less busy"
     return case.sized(name, holes.joules, ERROR, why, do)
 
@@ -89,15 +93,17 @@ def failed_polls(case: Evidence) -> Doubt:
 
 
 def counter_agrees(case: Evidence) -> Doubt:
-    """How far counter and samples of power are apart: one of them is wrong by that."""
+    """How far counter and samples of power are apart, where both were read: one of them is wrong by that."""
     name = "counter_agrees"
     known = [fit for fit in case.fits if fit.get("samples_over_counter_rel") is not None]
     if not known:
         return Doubt(name, UNKNOWN, "there are not both, counter and samples, to compare")
     off_j = sum(abs(fit["samples_over_counter_rel"]) * fit["measured_j"] for fit in known)
     why = "samples against the counter: " + ", ".join(
-        f"{_instance(fit)} {100 * fit['samples_over_counter_rel']:+.2f} %" for fit in known
+        f"{_instance(fit)} {100 * fit['samples_over_counter_rel']:+.2f} % over {_compared_s(case, fit):.1f} s"
+        for fit in known
     )
+    why += f" of {_duration_s(case):.1f} s, where both were read"
     return case.sized(name, off_j, ERROR, why, "compare both with an external meter (replay --power csv:FILE)")
 
 
@@ -125,10 +131,15 @@ def counter_sound(case: Evidence) -> Doubt:
     name = "counter_sound"
     if not case.fits:
         return Doubt(name, UNKNOWN, NO_ENERGY)
-    patches = [p for fit in case.fits for p in fit.get("patches") or [] if p.get("source", "counter") == "counter"]
+    filled = [p for fit in case.fits for p in _of_counter(fit)]
+    patches = [p for p in filled if not _in_pause(case, p)]
     sampled = [fit for fit in case.fits if fit.get("energy_source") != "counter"]
     if not patches and not sampled:
-        return Doubt(name, OK, "all energy is by the GPUs' energy counters", 0.0, CONCERNED)
+        why = "all energy is by the GPUs' energy counters"
+        if not filled:
+            return Doubt(name, OK, why, 0.0, CONCERNED)
+        why += ", which counted on unread while the run lay paused by --resume"
+        return Doubt(name, OK, why, sum(float(p["joules"]) for p in filled), CONCERNED, counted=False)
     joules = sum(float(fit["measured_j"]) for fit in sampled) + sum(abs(float(p["joules"])) for p in patches)
     reasons = [note for note in case.summary.get("notes", []) if "samples: the counter" in note]
     if sampled and not patches and all("has no readings" in reason for reason in reasons):
@@ -136,6 +147,24 @@ def counter_sound(case: Evidence) -> Doubt:
         return Doubt(name, UNKNOWN, why, joules, CONCERNED, counted=False)
     why = "; ".join([*reasons, *_patched(patches)]) or "energy is by power samples"
     return case.sized(name, joules, CONCERNED, why, "look for a driver reset; compare with an external meter")
+
+
+def _of_counter(fit: dict[str, Any]) -> list[dict[str, Any]]:
+    """The stretches of its counters that were replaced."""
+    return [p for p in fit.get("patches") or [] if p.get("source", "counter") == "counter"]
+
+
+def _compared_s(case: Evidence, fit: dict[str, Any]) -> float:
+    """How long counter and samples were compared, s: what was filled in is left out."""
+    return _duration_s(case) - sum(float(p["seconds"]) for p in _of_counter(fit)) / int(fit["gpus"])
+
+
+def _in_pause(case: Evidence, patch: dict[str, Any]) -> bool:
+    """Whether nobody read the counter because the run lay between its stretches, but for what a sensor may miss."""
+    start_ns = int(case.summary["window"]["start_ns"] + patch["start_s"] * NS_PER_S)
+    end_ns = start_ns + int(patch["seconds"] * NS_PER_S)
+    paused_ns = sum(max(min(end_ns, b) - max(start_ns, a), 0) for a, b in pauses_ns(case.run))
+    return UNREAD in str(patch.get("why")) and paused_ns > 0 and end_ns - start_ns - paused_ns <= EDGE_S * NS_PER_S
 
 
 def _patched(patches: list[dict[str, Any]]) -> list[str]:

@@ -60,12 +60,15 @@ def _estimates(case: Evidence) -> dict[tuple[str, int], tuple[GpuData, Estimate 
 
 
 def _with_sensors(run: Run, found: Mapping[tuple[str, int], Estimate]) -> Run:
-    """`run` as if its manifest told of the GPUs' sensors what was `found`."""
+    """`run` as if its manifest told of the GPUs' sensors what was `found`.
+
+    No sensor tells of what is still to come: a lag estimated below zero, as its error allows, is none.
+    """
     manifest: dict[str, Any] = copy.deepcopy(run.manifest)
     changed = replace(run, manifest=manifest)
     for (host, gpu), sensor in found.items():
         told = gpu_entry(changed, host, gpu)["sensors"][sensor.source]
-        told |= {"window_ns": sensor.window_s * NS_PER_S, "lag_ns": sensor.lag_s * NS_PER_S}
+        told |= {"window_ns": sensor.window_s * NS_PER_S, "lag_ns": max(sensor.lag_s, 0.0) * NS_PER_S}
     return changed
 
 

@@ -7,7 +7,7 @@ import polars as pl
 from analysis.evidence import CONCERNED, DOUBT, ERROR, OK, UNKNOWN, Doubt, Evidence
 from analysis.summary import CLIENT, WITHOUT_ENERGY
 from replay.rundir import MANIFEST, Run
-from tracegen.console import plural
+from tracegen.console import format_si, plural
 from tracegen.schema import read_metadata
 
 LAG_BOUND_MS = 10.0  # where the run has no verdict of its own; a fiftieth of the tightest usual TTFT objective
@@ -108,12 +108,19 @@ def recorder_overhead(case: Evidence) -> Doubt:
 
 
 def not_ours(case: Evidence) -> Doubt:
-    """Work of requests that are not in requests.parquet."""
+    """Work of requests that are neither in requests.parquet nor of the run's own warm-up."""
     if not case.summary:
         return Doubt("not_ours", UNKNOWN, "no energy is attributed")
-    other_j = float(case.summary["other_j"])
-    why = "work of requests that are not in requests.parquet: warm-up, foreign traffic" if other_j else "none"
-    return case.sized("not_ours", other_j, CONCERNED, why, "keep others off the server while a run goes on")
+    warmup_j = float(case.summary.get("warmup_j") or 0.0)
+    other_j = max(float(case.summary["other_j"]) - warmup_j, 0.0)
+    why = "work of requests that are not in requests.parquet: --num-warmups, foreign traffic" if other_j else "none"
+    do = "keep others off the server while a run goes on"
+    if other_j and len(case.run.manifest.get("stretches") or []) > 1:
+        why += ", and what was cut off and sent again with --resume"
+        do += "; a run that was not cut off has none of what is sent again"
+    if warmup_j:
+        why += f"; {format_si(warmup_j, ' J', 4)} beside it are the run's own warm-up, and in no figure"
+    return case.sized("not_ours", other_j, CONCERNED, why, do)
 
 
 def no_record(case: Evidence) -> Doubt:

@@ -6,6 +6,7 @@ And what it must keep to before it is believed (`check_manifest`): other program
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import polars as pl
@@ -170,6 +171,16 @@ def worker_offsets_ns(run: Run) -> dict[int, int]:
     hosts = by_host(run)
     workers = [w for w in run.manifest.get("workers") or [] if w.get("worker") is not None]
     return {int(w["worker"]): offset_ns(hosts, w.get("host")) for w in workers}
+
+
+def pauses_ns(run: Run) -> list[tuple[int, int]]:
+    """From when to when a run that was resumed lay between its stretches, on the replayer's clock."""
+    stretches = run.manifest.get("stretches") or []
+    return [
+        (before["end_ns"], after["start_ns"])
+        for before, after in pairwise(stretches)
+        if before.get("end_ns") is not None and after.get("start_ns") is not None
+    ]
 
 
 def listed_instances(run: Run) -> list[dict[str, Any]]:

@@ -7,7 +7,8 @@ import numpy as np
 
 from analysis.accounts import Fitted
 from analysis.counter import Survey
-from analysis.load import HOLE_S, InstanceData, RunData, names
+from analysis.load import HOLE_S, NS_PER_S, InstanceData, RunData, names
+from analysis.manifest import pauses_ns
 from analysis.patches import Patch
 from analysis.slabs import Slab
 from analysis.timeline import NOTHING_KNOWN, GpuTimeline
@@ -33,7 +34,9 @@ class Meters:
     """The meters of one instance."""
 
     def __init__(self, data: RunData, instance: InstanceData) -> None:
-        self._duration_s = data.duration_s
+        self._pauses_s = [
+            ((a - data.window_ns[0]) / NS_PER_S, (b - data.window_ns[0]) / NS_PER_S) for a, b in pauses_ns(data.run)
+        ]
         self._seen = {gpu.name: _Seen([], [], [], []) for gpu in instance.gpus}
 
     def add(self, slab: Slab, lines: Sequence[GpuTimeline]) -> None:
@@ -52,7 +55,10 @@ class Meters:
                 seen.more_j += used_j * line.mismatch_rel
             # A hole belongs to the slab that it begins in.
             begins = (gpu.t_s[:-1] >= begin_s) if begin_s > 0 else (gpu.t_s[1:] > 0)
-            gap_s = np.where(begins & (gpu.t_s[:-1] < until_s), np.diff(gpu.t_s), 0.0)
+            unread_s = np.diff(gpu.t_s)
+            for a, b in self._pauses_s:  # nobody is to read while a run lies between its stretches
+                unread_s -= np.clip(np.minimum(gpu.t_s[1:], b) - np.maximum(gpu.t_s[:-1], a), 0.0, None)
+            gap_s = np.where(begins & (gpu.t_s[:-1] < until_s), unread_s, 0.0)
             if np.any(gap_s > HOLE_S):
                 i = int(np.argmax(gap_s))
                 seen.holes += int(np.sum(gap_s > HOLE_S))

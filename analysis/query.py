@@ -23,8 +23,8 @@ def query(runs: Runs | Sequence[Run], sql: str, note: Callable[[str], None] | No
     """The answer to `sql` over all tables of `runs`, each with the columns run, engine, mix, tp and freq_mhz.
 
     Tables: `requests` (with latencies, bucket, label and energy), `energy`, `buckets`, `runs`, and as stored `trace`,
-    `steps`, `segments`, `arrivals`, `power`, `cpu_energy`, `server_metrics`, `truth`; of several runs the union, a
-    missing table left out. `freq` may be written for `freq_mhz`.
+    `steps`, `segments`, `arrivals`, `power`, `cpu_energy`, `server_metrics`, `truth`, `warmup`; of several runs the
+    union, a missing table left out. `freq` may be written for `freq_mhz`.
     Energy that a query needs and a run does not have yet is attributed and kept; `note` is told.
     Raises `AnalysisError` for SQL that does not parse, names a table or column that is not there, does anything but
     ask, or reads files of its own.

@@ -88,6 +88,8 @@ def _saved(run: Run) -> RunEnergy | None:
         if any(path.stat().st_mtime > saved for path in files):
             return None
         summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
-        return RunEnergy(pl.read_parquet(folder / "requests.parquet"), summary) if isinstance(summary, dict) else None
+        if not isinstance(summary, dict) or (run.has("warmup") and "warmup_j" not in summary):
+            return None  # or from before the warm-up's share was told
+        return RunEnergy(pl.read_parquet(folder / "requests.parquet"), summary)
     except (OSError, ValueError, pl.exceptions.PolarsError):
         return None

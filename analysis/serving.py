@@ -20,6 +20,7 @@ from analysis.slo import DEFAULT_SLO, Slo
 from analysis.steady import NS_PER_S, Floats, Ints, Steady, elapsed, find_steady
 from analysis.stretches import joules_between, meters
 from replay.rundir import Run
+from tracegen.console import format_si
 from tracegen.errors import AnalysisError, RunError
 
 PERCENTILES = (50.0, 90.0, 95.0, 99.0)
@@ -103,16 +104,18 @@ def serving(run: Run, energy: RunEnergy, question: Question | None = None) -> Se
     groups, edges = _grouping(table, window, question)
     figures, source = aggregate(run, table, groups, question.slo, METRICS, question.percentiles)
     measured_j, why = _measured_j(run, energy, edges)
+    warmup_j, unknown = _warmup_j(run, energy, edges)
     spans_s = np.diff(edges) / NS_PER_S
     if question.by != "window":  # each group has the whole window, and the meter does not know groups
         spans_s = np.repeat(spans_s, len(groups.names))
         measured_j = [*[None] * len(groups.names), measured_j[-1]]
-    figures = _with_rates(figures, [*spans_s, (window[1] - window[0]) / NS_PER_S], measured_j)
+        warmup_j = [*[0.0] * len(groups.names), warmup_j[-1]]
+    figures = _with_rates(figures, [*spans_s, (window[1] - window[0]) / NS_PER_S], measured_j, warmup_j)
     if question.by == "window":
-        figures = _made_in_each(figures, everyone, edges)
+        figures = _made_in_each(figures, everyone, edges, warmup_j[:-1])
         start_s = pl.Series("start_s", [*(edges[:-1] - edges[0]) / NS_PER_S, 0.0])
         figures = figures.insert_column(1, start_s)
-    remarks = _remarks(table, figures, steady, question, source)
+    remarks = (*unknown, *_remarks(table, figures, steady, question, source))
     return Serving(run, question, window, steady, figures, source, energy.scope, why, remarks)
 
 
@@ -216,10 +219,36 @@ def _measured_j(run: Run, energy: RunEnergy, edges: Ints) -> tuple[list[float | 
     return [*(float(j) for j in np.diff(at)), float(at[-1] - at[0])], None
 
 
-def _with_rates(figures: pl.DataFrame, spans_s: Sequence[float], measured_j: Sequence[float | None]) -> pl.DataFrame:
-    """`figures` with what is per second, per watt and per measured joule."""
-    span, joules = pl.col("duration_s"), pl.col("measured_j")
-    watts = pl.when(joules > 0).then(joules / span)
+def _warmup_j(run: Run, energy: RunEnergy, edges: Ints) -> tuple[list[float], list[str]]:
+    """Of the meter's joules between `edges` and in all those of the warm-up's requests, and what to say of them.
+
+    They are known of the measured window as a whole: whoever has all the time in which these requests ended has all of
+    them. A stretch that has a part of that time is given none, and is said to have some.
+    """
+    warmup_j = float((energy.summary or {}).get("warmup_j") or 0.0)
+    if energy.summary is None or not warmup_j:
+        return [0.0] * len(edges), []
+    first_ns = int(energy.summary["window"]["start_ns"])
+    gone = pl.coalesce("done_ns", "last_token_ns") - worker_offset_ns(run)
+    last_ns = run.scan("warmup", ["worker", "done_ns", "last_token_ns"]).select(gone.max()).collect().item()
+    last_ns = int(energy.summary["window"]["end_ns"]) if last_ns is None else last_ns
+    told_j, parted = [], False
+    for start_ns, end_ns in [*pairwise(edges.tolist()), (int(edges[0]), int(edges[-1]))]:
+        whole = start_ns - first_ns < NS_PER_S and end_ns >= last_ns
+        told_j.append(warmup_j if whole else 0.0)
+        parted |= not whole and start_ns < last_ns
+    text = f"{format_si(warmup_j, ' J', 4)} went into requests that were due in the warm-up"
+    said = [f"{text}: left out of what is per joule or watt"] if any(told_j) else []
+    if parted:
+        said.append(f"{text}, how much of it in each stretch of time is not known: what is per joule or watt has it")
+    return told_j, said
+
+
+def _with_rates(
+    figures: pl.DataFrame, spans_s: Sequence[float], measured_j: Sequence[float | None], warmup_j: Sequence[float]
+) -> pl.DataFrame:
+    """`figures` with what is per second, per watt and per measured joule, less the `warmup_j` that others took."""
+    span, measured, joules = pl.col("duration_s"), pl.col("measured_j"), pl.col("measured_j") - pl.Series(warmup_j)
     return figures.with_columns(
         pl.Series("duration_s", spans_s, pl.Float64), pl.Series("measured_j", measured_j, pl.Float64)
     ).with_columns(
@@ -228,8 +257,8 @@ def _with_rates(figures: pl.DataFrame, spans_s: Sequence[float], measured_j: Seq
         (pl.col("slo_met") / span).alias("request_goodput"),
         (pl.col("output_tokens") / span).alias("output_throughput"),
         ((pl.col("input_tokens") + pl.col("output_tokens")) / span).alias("total_token_throughput"),
-        watts.alias("power_w"),
-        (pl.col("slo_met") / span / watts).alias("goodput_per_watt"),
+        pl.when(measured > 0).then(measured / span).alias("power_w"),
+        pl.when(joules > 0).then(pl.col("slo_met") / joules).alias("goodput_per_watt"),
         pl.when(joules > 0).then(pl.col("output_tokens") / joules).alias("output_tokens_per_joule"),
         pl.when(pl.col("answered") > 0)
         .then(joules / pl.col("answered") * pl.col("e2el_ms_mean") / 1e3)
@@ -237,7 +266,7 @@ def _with_rates(figures: pl.DataFrame, spans_s: Sequence[float], measured_j: Seq
     )
 
 
-def _made_in_each(figures: pl.DataFrame, table: pl.DataFrame, edges: Ints) -> pl.DataFrame:
+def _made_in_each(figures: pl.DataFrame, table: pl.DataFrame, edges: Ints, warmup_j: Sequence[float]) -> pl.DataFrame:
     """`figures` of windows with what came out in each, whenever it was sent: else a queue would look like throughput.
 
     An answer's tokens are spread evenly from its first to its last; its input counts when the first came.
@@ -251,15 +280,13 @@ def _made_in_each(figures: pl.DataFrame, table: pl.DataFrame, edges: Ints) -> pl
     rate = made[flows] / (gone_s[flows] - begun_s[flows])
     tokens = np.diff(_since(begun_s[flows], edges_s, rate) - _since(gone_s[flows], edges_s, rate))
     tokens += np.histogram(gone_s[~flows], edges_s, weights=made[~flows])[0]
-    whole = figures.tail(1)
+    whole, joules = figures.tail(1), pl.col("measured_j") - pl.Series(warmup_j)
     each = figures.head(-1).with_columns(
         pl.Series("request_throughput", np.histogram(gone_s, edges_s)[0]) / pl.col("duration_s"),
         pl.Series("output_throughput", tokens) / pl.col("duration_s"),
         pl.Series("total_token_throughput", tokens + np.histogram(begun_s, edges_s, weights=given)[0])
         / pl.col("duration_s"),
-        pl.when(pl.col("measured_j") > 0)
-        .then(pl.Series(tokens) / pl.col("measured_j"))
-        .alias("output_tokens_per_joule"),
+        pl.when(joules > 0).then(pl.Series(tokens) / joules).alias("output_tokens_per_joule"),
         pl.lit(None, pl.Float64).alias("energy_delay_product"),  # its joules and its requests are not the same ones
     )
     return pl.concat([each, whole])

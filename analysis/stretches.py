@@ -13,6 +13,7 @@ import numpy as np
 import polars as pl
 
 from analysis.load import HOLE_S, NS_PER_S, Floats
+from analysis.manifest import pauses_ns
 from replay.rundir import Run
 
 COLUMNS = (
@@ -58,6 +59,7 @@ class Survey:
     gpus: int
     whole: Stretch
     holes: Stretch  # more than `HOLE_S` without a reading; joules: at the GPU's own mean power
+    paused_s: float  # not read, for the run lay between its stretches
     longest_hole_s: float
     failed: int  # polls without any value
     clocked: int  # readings with a clock, on GPUs whose clock was locked
@@ -89,7 +91,7 @@ def survey(run: Run, gpus: Sequence[Meter], window_ns: tuple[int, int]) -> Surve
     names = list(_sum_exprs())
     table = pl.concat(sums) if sums else pl.DataFrame(schema={"host": pl.String, "gpu": pl.UInt16})
     if not sums:
-        return Survey(len(gpus), Stretch(), Stretch(), 0.0, 0, 0, Stretch(), {}, 0, Stretch())
+        return Survey(len(gpus), Stretch(), Stretch(), 0.0, 0.0, 0, 0, Stretch(), {}, 0, Stretch())
     kinds = [pl.col(n).max() if n == "longest_s" else pl.col(n).sum() for n in names]
     by_gpu = table.group_by("host", "gpu").agg(kinds)
     # What a hole cost is not known: the GPU's mean power outside its holes is the best guess.
@@ -105,6 +107,7 @@ def survey(run: Run, gpus: Sequence[Meter], window_ns: tuple[int, int]) -> Surve
         gpus=by_gpu.height,
         whole=Stretch(float(total["seconds"]), float(total["joules"]), int(total["readings"])),
         holes=stretch("hole"),
+        paused_s=float(total["paused_s"]),
         longest_hole_s=float(by_gpu.select(pl.col("longest_s").max()).item() or 0.0),
         failed=int(total["failed"]),
         clocked=int(total["clocked"]),
@@ -136,7 +139,8 @@ def _sampled(run: Run) -> set[tuple[str, int]]:
 def _stretches(run: Run, gpus: Sequence[Meter], window_ns: tuple[int, int]) -> Iterator[pl.DataFrame]:
     """Rows of `gpus` in `window_ns` with the time since the row before: one a reading that has a value, or failed.
 
-    Columns: host, gpu, t_ns, failed, seconds (in the window), gap_s (whole), joules, off, capped, throttle_reasons.
+    Columns: host, gpu, t_ns, failed, seconds and paused_s (in the window, the latter of a run that lay between its
+    stretches), gap_s and unpaused_s (whole, and without that), joules, off, capped, throttle_reasons.
     """
     schema = {"host": pl.String, "gpu": pl.UInt16, "freq_mhz": pl.Float64, "cap_w": pl.Float64}
     wanted = pl.DataFrame([(m.host, m.gpu, m.freq_mhz, m.cap_w) for m in gpus], schema=schema, orient="row")
@@ -144,29 +148,33 @@ def _stretches(run: Run, gpus: Sequence[Meter], window_ns: tuple[int, int]) -> I
     offsets = {str(h.get("host")): int(h.get("offset_ns") or 0) for h in run.manifest.get("hosts") or []}
     offset = pl.col("host").replace_strict(offsets, default=0, return_dtype=pl.Int64) if offsets else pl.lit(0)
     last: pl.DataFrame | None = None
+    pauses = pauses_ns(run)
     for batch in _in_order(run):
         rows = batch.with_columns(pl.col("host").fill_null("")).join(wanted, on=["host", "gpu"], how="inner")
         rows = rows.with_columns(pl.col("t_ns") - offset, pl.all_horizontal(_VALUES.is_null()).alias("failed"))
-        yield _timed(rows.filter("failed"), window_ns)
+        yield _timed(rows.filter("failed"), window_ns, pauses)
         read = rows.filter(~pl.col("failed")).sort("t_ns", maintain_order=True)
         both = read.with_columns(new=True)
         if last is not None:
             both = pl.concat([last.with_columns(new=False), both])
         last = both.group_by("host", "gpu", maintain_order=True).last().select(read.columns)
-        yield _timed(both, window_ns).filter("new")
+        yield _timed(both, window_ns, pauses).filter("new")
 
 
-def _timed(rows: pl.DataFrame, window_ns: tuple[int, int]) -> pl.DataFrame:
+def _timed(rows: pl.DataFrame, window_ns: tuple[int, int], pauses: Sequence[tuple[int, int]]) -> pl.DataFrame:
     """`rows` in the window with what they stand for: seconds and joules since the row before on the same GPU."""
     gpu = ["host", "gpu"]
     start, end = window_ns
     before = pl.col("t_ns").shift().over(gpu)
-    clipped = pl.min_horizontal("t_ns", pl.lit(end)) - pl.max_horizontal(before, pl.lit(start))
+    until, since = pl.min_horizontal("t_ns", pl.lit(end)), pl.max_horizontal(before, pl.lit(start))
+    clipped = until - since
     counted_j = pl.col("energy_mj").cast(pl.Float64).diff().over(gpu) / 1e3
     rows = rows.with_columns(
         ((pl.col("t_ns") - before) / NS_PER_S).alias("gap_s"),
         (pl.when(before.is_not_null()).then(clipped).clip(0) / NS_PER_S).alias("seconds"),
         counted_j.clip(0.0).alias("counted_j"),
+        ((pl.col("t_ns") - before - _paused_ns(before, pl.col("t_ns"), pauses)) / NS_PER_S).alias("unpaused_s"),
+        (pl.when(before.is_not_null()).then(_paused_ns(since, until, pauses)) / NS_PER_S).alias("paused_s"),
     )
     gap_s = pl.when(pl.col("gap_s") > 0).then(pl.col("gap_s"))
     watts = pl.coalesce(pl.col("power_instant_mw", "power_average_mw") / 1e3, pl.col("counted_j") / gap_s)
@@ -182,6 +190,12 @@ def _timed(rows: pl.DataFrame, window_ns: tuple[int, int]) -> pl.DataFrame:
     # A row's time is the one since the row before, so a row just behind the window still bears on it.
     inside = pl.col("t_ns").is_between(start, end) | (pl.col("seconds") > 0)
     return rows.filter(inside)
+
+
+def _paused_ns(since: pl.Expr, until: pl.Expr, pauses: Sequence[tuple[int, int]]) -> pl.Expr:
+    """How much of `[since, until]` lies in `pauses`."""
+    parts = [pl.min_horizontal(until, pl.lit(b)) - pl.max_horizontal(since, pl.lit(a)) for a, b in pauses]
+    return pl.sum_horizontal(pl.lit(0, pl.Int64), *(part.clip(0) for part in parts))
 
 
 def _in_order(run: Run) -> Iterator[pl.DataFrame]:
@@ -206,8 +220,9 @@ def _sorted(run: Run) -> bool:
 
 def _sum_exprs() -> dict[str, pl.Expr]:
     """What is summed per GPU and batch; `longest_s` is a maximum."""
-    hole = pl.col("gap_s") > HOLE_S
-    read = ~pl.col("failed") & ~hole.fill_null(value=False)
+    hole, gap = pl.col("unpaused_s") > HOLE_S, pl.col("gap_s") > HOLE_S
+    hole_s = (pl.col("seconds") - pl.col("paused_s")).filter(hole & ~pl.col("failed"))
+    read = ~pl.col("failed") & ~gap.fill_null(value=False)
     bits = pl.col("throttle_reasons")
 
     def held(name: str, where: pl.Expr) -> dict[str, pl.Expr]:
@@ -225,9 +240,10 @@ def _sum_exprs() -> dict[str, pl.Expr]:
         "failed": pl.col("failed").sum(),
         "clocked": (pl.col("clocked") & ~pl.col("failed")).sum(),
         "reasons": bits.is_not_null().sum(),
-        "hole_s": pl.col("seconds").filter(hole & ~pl.col("failed")).sum(),
+        "hole_s": hole_s.sum(),
         "hole_n": (hole & ~pl.col("failed")).sum(),
-        "longest_s": pl.col("seconds").filter(hole & ~pl.col("failed")).max(),
+        "longest_s": hole_s.max(),
+        "paused_s": pl.col("paused_s").filter(gap & ~pl.col("failed")).sum(),
         **held("off", pl.col("off")),
         **held("capped", pl.col("capped")),
     }

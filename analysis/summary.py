@@ -1,6 +1,7 @@
 """What an attribution says of a run as a whole: the document of `energy/summary.json`."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,8 @@ from analysis.edges import edge_note
 from analysis.fit import Quality
 from analysis.idle import Idle
 from analysis.latency import answered
-from analysis.load import CpuData, RunData, names
+from analysis.load import NS_PER_S, CpuData, RunData, names
+from analysis.manifest import pauses_ns
 from analysis.regimes import Regime
 from analysis.timeline import EDGE_S, Curve, Estimate, GpuTimeline
 from tracegen.console import format_si, plural
@@ -21,6 +23,7 @@ from tracegen.console import format_si, plural
 # Measurements: nvidia-smi's Lack of Attention", SC 2024): about ±5 %. Boards of one group may err together.
 GAIN_REL_SE = 0.05
 MISMATCH_REL = 0.05  # between counter and samples that is worth a word; the run's verdict has the same bound
+_NUMBER = re.compile(r"\d+(?:\.\d+)?")
 RECORDS, CLIENT = "step records", "client timestamps"
 # Why a request has no energy.
 WITHOUT_ENERGY = {
@@ -41,6 +44,7 @@ class InstanceEnergy:
     other_j: float
     unrecorded_j: float  # of other_j, the work of requests of the trace that are not in requests.parquet
     unrecorded: int  # how many of these
+    warmup_j: float  # of unrecorded_j, the work of requests that were due in the warm-up
     quality: Quality | None
     misfit_rel: float
     idle: tuple[Idle, ...]
@@ -52,14 +56,15 @@ def summarize(
     data: RunData, parts: list[InstanceEnergy], frame: pl.DataFrame, method: str, unknown: int
 ) -> dict[str, Any]:
     """The document of `energy/summary.json`; `unknown`: how many requests have no energy."""
-    measured_j, idle_j, other_j = (
-        float(np.sum([getattr(part, name) for part in parts])) for name in ("measured_j", "idle_j", "other_j")
+    measured_j, idle_j, other_j, warmup_j = (
+        float(np.sum([getattr(part, name) for part in parts]))
+        for name in ("measured_j", "idle_j", "other_j", "warmup_j")
     )
     attributed_j = float(frame["energy_j"].sum())
     served = frame.with_columns(data.requests["status"]).filter(answered()).drop_nulls("energy_j")
     each_j = served["energy_j"].mean()
     reasons = _without_energy(data, parts, frame) if unknown else {}
-    notes = [*data.notes, *_notes(data, parts, frame, reasons)]
+    notes = [*data.notes, *_pauses(data), *_notes(data, parts, frame, reasons)]
     memberships = sorted({p.membership for p in parts if p.membership})
     ran = frame.filter(pl.col("energy_j") > 0).height
     cpu_j = {cpu.name: _cpu_j(cpu, data.duration_s) for cpu in data.cpu or ()}
@@ -88,6 +93,7 @@ def summarize(
         "shared_j": float(frame["shared_j"].sum()),
         "idle_j": idle_j,
         "other_j": other_j,
+        "warmup_j": warmup_j,  # of other_j
         "residual_j": measured_j - attributed_j - idle_j - other_j,
         # Beside the energy that is accounted for and no part of it: whose share of a CPU it is is not known.
         **({"cpu_j": {k: None if isinstance(v, str) else v for k, v in cpu_j.items()}} if data.cpu is not None else {}),
@@ -144,8 +150,8 @@ def _notes(data: RunData, parts: list[InstanceEnergy], frame: pl.DataFrame, reas
         notes.append(
             f"{format_si(lost_j, ' J', 4)} of other are {plural(lost, 'request')} of the trace {_why_lost(data)}"
         )
+    notes += _alike([i.why for part in parts for i in part.idle if i.why])
     for part in parts:
-        notes += [i.why for i in part.idle if i.why]
         if len(part.regimes) > 1:
             clocks = ", ".join(f"{r.clock_mhz or 0:.0f} MHz from {r.start_s:.0f} s" for r in part.regimes)
             notes.append(f"instance {part.instance}: its clock changed during the run ({clocks}): each has its own fit")
@@ -159,6 +165,33 @@ def _notes(data: RunData, parts: list[InstanceEnergy], frame: pl.DataFrame, reas
             off = f"power samples come to {100 * (line.mismatch_rel or 0.0):+.0f} % of the counter's energy"
             said.setdefault(f"{off}: one of them is wrong", []).append(line.name)
     return notes + [f"{names(gpus)}: {text}" for text, gpus in said.items()]
+
+
+def _pauses(data: RunData) -> list[str]:
+    """What to say of the time in which a run that was resumed lay between its stretches."""
+    start_ns, end_ns = data.window_ns
+    inside = [(max(a, start_ns), min(b, end_ns)) for a, b in pauses_ns(data.run) if a < end_ns and b > start_ns]
+    return [
+        f"paused by --resume for {(b - a) / NS_PER_S:.1f} s at {(a - start_ns) / NS_PER_S:.0f} s: part of the window"
+        for a, b in inside
+    ]
+
+
+def _alike(remarks: Sequence[str]) -> list[str]:
+    """`remarks`, each of a GPU by name; one line for all that differ but in numbers: these from least to most."""
+    said: dict[str, list[tuple[str, list[str]]]] = {}
+    for remark in remarks:
+        name = remark.partition(": ")[0]
+        text = remark.replace(f"{name}: ", "")
+        said.setdefault(_NUMBER.sub("{}", text), []).append((name, _NUMBER.findall(text)))
+    lines = []
+    for text, rows in said.items():
+        spans = [sorted(set(column), key=float) for column in zip(*(numbers for _, numbers in rows), strict=True)]
+        shown = [span[0] if len(span) == 1 else f"{span[0]} to {span[-1]}" for span in spans]
+        pieces = text.split("{}")
+        filled = "".join(a + b for a, b in zip(pieces, [*shown, ""], strict=True))
+        lines.append(f"{names([name for name, _ in rows])}: {filled}")
+    return lines
 
 
 def _why_lost(data: RunData) -> str:

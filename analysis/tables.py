@@ -24,13 +24,14 @@ from analysis.scan import deferred, scan, table_schema
 from replay.rundir import Run
 from tracegen.errors import AnalysisError
 
-STORED = ("trace", "steps", "segments", "arrivals", "power", "cpu_energy", "server_metrics", "truth")
+STORED = ("trace", "steps", "segments", "arrivals", "power", "cpu_energy", "server_metrics", "truth", "warmup")
 DERIVED = ("requests", "energy", "buckets", "runs")
 QUERY_TABLES = (*DERIVED, *STORED)
 IDENTITY = pl.Schema(
     {"run": pl.String(), "engine": pl.String(), "mix": pl.String(), "tp": pl.Int64(), "freq_mhz": pl.Int64()}
 )
-ATTRIBUTED = ("trace", "requests", "steps", "segments", "arrivals", "power", "cpu_energy")  # what attribution reads
+# What attribution reads.
+ATTRIBUTED = ("trace", "requests", "steps", "segments", "arrivals", "power", "cpu_energy", "warmup")
 _NEEDS = {"requests": ("requests", "trace"), "buckets": ("requests", "trace"), "energy": (), "runs": ()}
 _COPIES = 8  # runs fetched at a time: most of it is waiting
 _FIGURES = ("measured_j", "attributed_j", "prefill_j", "decode_j", "idle_j", "other_j")

@@ -53,6 +53,8 @@ class Tally:
         """`rows`: of the run's requests those that may be in the instance's steps, ascending."""
         self._instance, self._fitted, self._method = instance, fitted, method
         self._rows, self._listed = rows, int(np.searchsorted(rows, data.requests.height))
+        early = 0 if data.early is None else data.early.height  # they come first behind the listed
+        self._warmed = int(np.searchsorted(rows, data.requests.height + early))
         self._place = np.full(len(data.ids) + 1, -1, dtype=np.int32)  # the last is for those that are not ours
         self._place[rows] = np.arange(rows.size, dtype=np.int32)
         names = ("prefill", "decode", "shared", "steps", "time", "other_answer", "equal")
@@ -112,7 +114,8 @@ class Tally:
     def total(self, meters: Meters) -> InstanceEnergy:
         """What it came to as a whole."""
         lost = slice(self._listed, None)
-        lost_j = float(self._sums["prefill"][lost].sum() + self._sums["decode"][lost].sum())
+        energy_j = self._sums["prefill"] + self._sums["decode"]
+        lost_j = float(energy_j[lost].sum())
         return InstanceEnergy(
             instance=self._instance.instance,
             membership=(RECORDS if self._instance.recorded else CLIENT) if self._steps else None,
@@ -120,6 +123,7 @@ class Tally:
             idle_j=self._idle_j,
             other_j=self._foreign_j + lost_j,
             unrecorded_j=lost_j,
+            warmup_j=float(energy_j[self._listed : self._warmed].sum()),
             unrecorded=int(self._seen[lost].sum()),
             quality=self._fitted.quality,
             misfit_rel=self._fitted.misfit_rel,

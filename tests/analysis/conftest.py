@@ -55,3 +55,17 @@ def rewrite() -> Callable[..., Run]:
         return Run.open(run.path)
 
     return change
+
+
+@pytest.fixture
+def warmed(run_of, rewrite) -> Callable[..., Run]:
+    """A made-up run of which what was sent in the first `warmup_s` was its warm-up."""
+
+    def warmed(warmup_s: float, **load: Any) -> Run:
+        run = run_of(**load)
+        start_ns = run.manifest["measure_start_ns"] + round(warmup_s * 1e9)
+        requests, early = run.scan("requests").collect(), pl.col("sent_ns") < start_ns
+        tables = {"requests": requests.filter(~early), "warmup": requests.filter(early)}
+        return rewrite(run, {"measure_start_ns": start_ns}, **tables)
+
+    return warmed

@@ -9,7 +9,9 @@ import pytest
 
 from analysis.cli import main
 from analysis.doubts import check_run, parse_bound
+from analysis.doubts_sensor import _estimates
 from analysis.doubts_work import _asked
+from analysis.evidence import gather
 from analysis.saved import ensure_energy
 from analysis.stretches import Meter, joules_between, meters, survey
 from replay.rundir import Run
@@ -364,3 +366,13 @@ def test_a_sensor_of_which_nothing_is_told_is_not_compared(run_of, rewrite):
     found = doubt(told(run_of(**SMALL), rewrite, window_ns=None), "sensor_windows")
     assert found.status == "unknown"
     assert "tells no sensor's window" in found.why
+
+
+def test_a_sensor_whose_readings_seem_to_come_early_is_checked_as_one_without_a_lag(run_of, rewrite):
+    run = run_of()
+    early = run.scan("power").with_columns(pl.col("^.*_ns$") - 20_000_000).collect()
+    run = told(rewrite(run, power=early), rewrite, window_ns=10**9)
+    found = doubt(run, "sensor_windows")
+    assert all(estimate.lag_s < 0 for _, estimate in _estimates(gather(run)).values())
+    assert found.status == "doubt"
+    assert "where the run shows" in found.why

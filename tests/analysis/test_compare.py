@@ -245,3 +245,25 @@ def test_words_name_settings(run_of, rewrite):
     ):
         with pytest.raises(AnalysisError, match=message):
             names(words, key)
+
+
+def test_requests_of_another_runs_warm_up_are_said_to_be_left_out_for_that(run_of, warmed, rewrite):
+    whole = run_of("whole", duration_s=20.0)
+    late = warmed(8.0, name="late", duration_s=20.0)
+    count = late.scan("warmup").collect().height
+    assert f"left out, for they were due in a run's warm-up: {count} requests" in compared(whole, late).warnings
+    failed = (
+        late.scan("requests")
+        .with_row_index("row")
+        .with_columns(pl.when(pl.col("row") < 3).then(pl.lit("http_error")).otherwise("status").alias("status"))
+    )
+    warnings = compared(whole, rewrite(late, requests=failed.drop("row").collect())).warnings
+    assert f"left out, for they were due in a run's warm-up: {count} requests" in warnings
+    assert "left out, for not every run served them in full: 3 requests" in warnings
+
+
+def test_a_run_is_not_charged_per_request_for_its_warm_up(warmed):
+    run = warmed(8.0, duration_s=20.0)
+    summary = ensure_energy(run).summary
+    total = compared(run, run).totals[0]
+    assert total[MEASURED] * total["served"] == pytest.approx(summary["measured_j"] - summary["warmup_j"])

@@ -6,6 +6,7 @@ import pytest
 from analysis.idle import UNKNOWN_REL, idle_power
 from analysis.load import GpuData
 from analysis.steps import Steps
+from analysis.summary import _alike
 from analysis.timeline import Curve
 from tracegen.errors import AnalysisError
 
@@ -84,3 +85,15 @@ def test_a_baseline_that_the_runs_own_rest_contradicts_is_less_certain_by_as_muc
     assert odd.before_w == 130.0
     assert odd.se_w == pytest.approx(30.0)
     assert "is 130.0 W, but 20 s without a request show 100.0 W" in odd.why
+
+
+def test_what_is_said_of_each_gpu_is_one_line_where_only_figures_differ():
+    said = [
+        "gpu 0: told 113.5 W, but 47 s show 73.7 W",
+        "gpu 1: told 98 W, but 47 s show 73.8 W",
+        "gpu 2: nothing told; gpu 2: nothing shown",
+    ]
+    assert _alike(said) == [
+        "gpu 0, gpu 1: told 98 to 113.5 W, but 47 s show 73.7 to 73.8 W",
+        "gpu 2: nothing told; nothing shown",
+    ]

@@ -301,7 +301,7 @@ def test_idle_power_of_another_source_is_used_and_said(run_of, rewrite):
     gpus = [{**g, "idle_power_w": {"instant": 99.0}, "idle_power_after_w": None} for g in run.manifest["gpus"]]
     summary = attribute(rewrite(run, {"gpus": gpus})).summary
     assert summary["fit"][0]["idle_power_w"] == {"before": 198.0, "after": 198.0, "source": "instant"}
-    assert "gpu 0 on node: no idle power from the counter, taken from instant" in summary["notes"]
+    assert "gpu 0 on node, gpu 1 on node: no idle power from the counter, taken from instant" in summary["notes"]
 
 
 def test_hosts_and_sensors_may_be_missing(run_of, rewrite):

@@ -368,3 +368,28 @@ def test_a_run_in_which_nothing_ended_says_what_to_do(run_of, rewrite):
     empty = pl.DataFrame(schema=run_of("other").scan("requests").collect_schema())
     with pytest.raises(AnalysisError, match="no request was sent"):
         serving(rewrite(run, {"measure_start_ns": None, "measure_end_ns": None}, requests=empty), NO_ENERGY)
+
+
+def test_a_joule_bought_nothing_less_for_what_the_warm_up_took(warmed):
+    run = warmed(8.0, duration_s=20.0)
+    energy = ensure_energy(run)
+    measured_j, warmup_j = energy.summary["measured_j"], energy.summary["warmup_j"]
+    answer = serving(run, energy)
+    whole, ours_j = answer.whole, measured_j - warmup_j
+    assert whole["measured_j"] == pytest.approx(measured_j)
+    assert whole["power_w"] == pytest.approx(measured_j / whole["duration_s"])
+    assert whole["output_tokens_per_joule"] == pytest.approx(whole["output_tokens"] / ours_j)
+    assert whole["goodput_per_watt"] == pytest.approx(whole["slo_met"] / ours_j)
+    product = ours_j / whole["answered"] * whole["e2el_ms_mean"] / 1e3
+    assert whole["energy_delay_product"] == pytest.approx(product)
+    assert sum("left out of what is per joule" in remark for remark in answer.remarks) == 1
+    assert not any("is not known" in remark for remark in answer.remarks)
+
+
+def test_a_stretch_with_a_part_of_the_warm_ups_time_is_said_to_have_a_part_of_its_joules(warmed):
+    run = warmed(8.0, duration_s=20.0)
+    answer = serving(run, ensure_energy(run), Question(by="window", window_s=0.05))
+    assert any("how much of it in each stretch of time is not known" in remark for remark in answer.remarks)
+    figures = answer.figures
+    last = figures.row(-3, named=True)  # long after the warm-up's requests
+    assert last["goodput_per_watt"] == pytest.approx(last["slo_met"] / last["measured_j"])

@@ -121,7 +121,7 @@ def test_every_table_is_a_lazyframe_that_says_which_run(run_of):
     run = run_of(duration_s=10.0)
     runs = Runs.of([run], lambda _: None)
     for name in QUERY_TABLES:
-        if name in {"arrivals", "cpu_energy", "server_metrics"}:
+        if name in {"arrivals", "cpu_energy", "server_metrics", "warmup"}:
             with pytest.raises(AnalysisError, match=f"'{name}': no run given has it"):
                 runs.table(name)
             continue
@@ -348,3 +348,8 @@ def test_runs_of_one_name_are_told_apart_by_their_paths(two):
     shutil.copytree(two / "a", other)
     answer = query(open_runs(two / "a", other), "SELECT DISTINCT run FROM steps ORDER BY run")
     assert answer["run"].to_list() == sorted([str(two / "a"), str(other)])
+
+
+def test_requests_of_the_warm_up_are_a_table(warmed):
+    run = warmed(4.0, duration_s=10.0)
+    assert query([run], "SELECT count(*) AS n FROM warmup").item() == run.scan("warmup").collect().height
