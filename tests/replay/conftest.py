@@ -141,7 +141,8 @@ class Sending:
         from replay.generalpath import GeneralPath
 
         self._run_dir = config.path
-        self._read, self._write = os.pipe()
+        self._read, write = os.pipe()
+        self._write = os.fdopen(write, "wb", buffering=0)  # a file: two threads may close it
         self.told = []
         self.path = {"fast": FastPath, "general": GeneralPath}[kind](config, self.told.append, stop_fd=self._read)
 
@@ -158,9 +159,7 @@ class Sending:
 
     def stop(self):
         """As when the replayer ends."""
-        if self._write >= 0:
-            os.close(self._write)
-            self._write = -1
+        self._write.close()
 
 
 @pytest.fixture
