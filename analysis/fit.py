@@ -28,7 +28,7 @@ from analysis.kernels import compiled
 from analysis.load import Floats
 from analysis.model import POWERS, TERMS, TINY, Model, linear_model
 from analysis.regimes import regime_of
-from analysis.steps import Bools, Ints, Steps
+from analysis.steps import Ints, Steps, steps_at
 from analysis.timeline import Windows
 
 FEW_EVALUATIONS = 40  # where a fit starts from one that is nearly its own
@@ -160,12 +160,6 @@ def main_fit(fits: Sequence[tuple[Model, Quality]]) -> tuple[Model, Quality]:
         independent=independent,
         capped=capped,
     )
-
-
-def steps_at(steps: Steps, rows: Bools) -> Steps:
-    """The steps at `rows`."""
-    arrays = {name: value[rows] for name, value in vars(steps).items() if name != "timed"}
-    return Steps(**arrays, timed=steps.timed)
 
 
 def choose(errors: Sequence[Floats]) -> int:

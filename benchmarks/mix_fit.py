@@ -95,11 +95,7 @@ def measure(mix: Mix, inputs: Lengths, outputs: Lengths) -> dict[str, float]:
     ks_in, ks_out, error, mean_in, mean_out, spearman = np.array(rows).T
     true = spearmanr(inputs, outputs).statistic
     return {
-        "seeds": SEEDS,
-        "ks_input_median": round(float(np.median(ks_in)), 4),
-        "ks_input_max": round(float(ks_in.max()), 4),
-        "ks_output_median": round(float(np.median(ks_out)), 4),
-        "ks_output_max": round(float(ks_out.max()), 4),
+        **over_seeds(ks_in, ks_out),
         "worst_bucket_error_median": round(float(np.median(error)), 4),
         "worst_bucket_error_max": round(float(error.max()), 4),
         "mix_bucket_error": round(float(np.abs(shares(*sample_lengths(mix, 2_000_000, SEEDS)) - true_shares).max()), 4),
@@ -109,6 +105,17 @@ def measure(mix: Mix, inputs: Lengths, outputs: Lengths) -> dict[str, float]:
         "spearman": round(float(spearman.mean()), 3),
         "source_spearman": round(float(true), 3),
         "spearman_error_max": round(float(np.abs(spearman - true).max()), 3),
+    }
+
+
+def over_seeds(ks_in: NDArray[np.float64], ks_out: NDArray[np.float64]) -> dict[str, float]:
+    """Distances of the seeds' samples, (SEEDS,) each, as `[goodness]` has them."""
+    return {
+        "seeds": SEEDS,
+        "ks_input_median": round(float(np.median(ks_in)), 4),
+        "ks_input_max": round(float(ks_in.max()), 4),
+        "ks_output_median": round(float(np.median(ks_out)), 4),
+        "ks_output_max": round(float(ks_out.max()), 4),
     }
 
 
@@ -127,11 +134,7 @@ def measure_marginals(mix: Mix, pmfs: tuple[dict[int, float], dict[int, float]],
         found.append(line)
     ks_in, mean_in, ks_out, mean_out = np.array(found).T
     return {
-        "seeds": SEEDS,
-        "ks_input_median": round(float(np.median(ks_in)), 4),
-        "ks_input_max": round(float(ks_in.max()), 4),
-        "ks_output_median": round(float(np.median(ks_out)), 4),
-        "ks_output_max": round(float(ks_out.max()), 4),
+        **over_seeds(ks_in, ks_out),
         "mean_input_tokens": round(float(mean_in.mean()), 1),
         "mean_output_tokens": round(float(mean_out.mean()), 1),
     }

@@ -13,17 +13,13 @@ from tracegen.cli_fit import compare, fit, plot
 from tracegen.cli_import import import_app
 from tracegen.cli_transform import COMMANDS as TRANSFORMS
 from tracegen.console import format_si, make_app, note, plural, print_json, print_table, run_app, say
+from tracegen.options import AsJson, Force, Seed, TraceFile
 
 if TYPE_CHECKING:
     from tracegen.workload import Workload
 
 app = make_app("Make, import and describe traces of LLM requests: arrival times, input and output token lengths.")
 app.add_typer(import_app, name="import")
-
-TraceFile = Annotated[Path, typer.Argument(metavar="FILE", help="A trace file (Parquet).", show_default=False)]
-Seed = Annotated[int, typer.Option(help="Seed of all random numbers; the same seed gives the same file.")]
-Force = Annotated[bool, typer.Option("--force", help="Overwrite whatever file is there.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, with figures in full.")]
 
 
 def main() -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tracegen.console import format_si, note, print_json, print_table, prose, say
+from tracegen.options import AsJson
 
 if TYPE_CHECKING:
     from tracegen.datasets import Dataset
@@ -17,7 +18,7 @@ def datasets(
     name: Annotated[
         str | None, typer.Argument(metavar="NAME", help="Show all that is known of one.", show_default=False)
     ] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON, with figures in full.")] = False,
+    json: AsJson = False,
 ) -> None:
     """List public traces of LLM requests.
 

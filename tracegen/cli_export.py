@@ -6,10 +6,11 @@ from typing import Annotated
 import typer
 
 from tracegen.console import note, plural, say
+from tracegen.options import Force, TraceFile
 
 
 def export(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="A trace file (Parquet).", show_default=False)],
+    file: TraceFile,
     format: Annotated[  # noqa: A002 - the option's name
         str, typer.Option("--format", help="mooncake, azure, aiperf or vllm-bench.", show_default=False)
     ],
@@ -19,7 +20,7 @@ def export(
     origin: Annotated[
         str, typer.Option(help="Date of the trace's start in Azure's format, UTC.")
     ] = "2000-01-01 00:00:00",
-    force: Annotated[bool, typer.Option("--force", help="Overwrite whatever file is there.")] = False,
+    force: Force = False,
 ) -> None:
     """Write a trace for other tools.
 

@@ -7,9 +7,7 @@ from typing import Annotated
 import typer
 
 from tracegen.console import note, print_json, say
-
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, with figures in full.")]
-Force = Annotated[bool, typer.Option("--force", help="Overwrite whatever file is there.")]
+from tracegen.options import AsJson, Force
 
 
 def fit(

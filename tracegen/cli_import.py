@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tracegen.console import make_app, note, plural, say
+from tracegen.options import Force
 
 if TYPE_CHECKING:
     from tracegen.importers.base import Options, Report
@@ -24,7 +25,6 @@ Label = Annotated[str | None, typer.Option(help="Label of each row.", show_defau
 SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Drop and count bad rows instead of stopping.")]
 Limit = Annotated[int | None, typer.Option(help="Stop after that many good rows.", show_default="all")]
 Sort = Annotated[bool, typer.Option("--sort", help="Sort rows by time; without it one out of order is bad.")]
-Force = Annotated[bool, typer.Option("--force", help="Overwrite whatever file is there.")]
 
 
 @import_app.command()

@@ -9,13 +9,10 @@ import typer
 
 from tracegen.console import format_si, note, plural, say
 from tracegen.durations import parse_duration_ns
+from tracegen.options import Force, Seed, TraceFile
 
 if TYPE_CHECKING:
     import polars as pl
-
-TraceFile = Annotated[Path, typer.Argument(metavar="FILE", help="A trace file (Parquet).", show_default=False)]
-Seed = Annotated[int, typer.Option(help="Seed of all random numbers; the same seed gives the same file.")]
-Force = Annotated[bool, typer.Option("--force", help="Overwrite whatever file is there.")]
 
 
 def scale(

@@ -6,8 +6,7 @@ of time. Times are `2023-11-16 18:15:46.6805900` (2023, in steps of 100 ns), `20
 pandas leaves out a fraction of zero) or `2024-10-15T12:00:00.269Z` (multimodal); a file may mix them.
 """
 
-from tracegen.errors import TraceError
-from tracegen.importers.base import Batches, Format, Options, first_line
+from tracegen.importers.base import Batches, Format, Options, columns_of, first_line
 from tracegen.importers.columns import COUNT, ISO, TOKENS, Column, parsed
 from tracegen.importers.textfiles import csv_rows
 from tracegen.sources import Source
@@ -27,13 +26,7 @@ def _recognises(start: bytes) -> bool:
 
 
 def _read(source: Source, options: Options) -> Batches:
-    header = first_line(source.start)
-    if header not in {HEADER, MULTIMODAL_HEADER}:
-        raise TraceError(
-            f"{source.location}: line 1: the header is {header[:80]!r}, not '{HEADER}' or '{MULTIMODAL_HEADER}'; "
-            "'tracegen import auto' recognises other formats"
-        )
-    names = header.split(",")
+    names = columns_of(source, HEADER, MULTIMODAL_HEADER)
     columns = [column for column in _COLUMNS if column.source in names]
     for rows in csv_rows(source, names):
         yield parsed(rows, columns).with_columns(rows["TIMESTAMP"].alias("_said"))

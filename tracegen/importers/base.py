@@ -29,7 +29,18 @@ from tracegen.sources import Source
 
 PARQUET = b"PAR1"  # what a Parquet file begins with
 Batches = Iterator[pl.DataFrame]
-OWN = ("_line", "_text", "_said", "_why", "_time_ns")  # a batch's columns that no trace has
+BATCH = pl.Schema(
+    {
+        "_line": pl.Int64(),
+        "_text": pl.String(),
+        "_said": pl.String(),
+        "_why": pl.String(),
+        "_time_ns": pl.Int64(),
+        "input_tokens": pl.UInt32(),
+        "output_tokens": pl.UInt32(),
+    }
+)
+OWN = tuple(name for name in BATCH if name.startswith("_"))  # a batch's columns that no trace has
 
 
 @dataclass(frozen=True)
@@ -121,6 +132,18 @@ def bad_row(source: Source, line: int, why: str, text: str) -> TraceError:
     return TraceError(
         f"{source.location}: {where} {line}: {why}: {text[:80]!r}; mend the file, or drop such rows with --skip-bad"
     )
+
+
+def columns_of(source: Source, *headers: str) -> list[str]:
+    """The columns of a CSV whose first line is one of `headers`. Raises `TraceError` where it is another."""
+    header = first_line(source.start)
+    if header not in headers:
+        known = " or ".join(f"'{known}'" for known in headers)
+        raise TraceError(
+            f"{source.location}: line 1: the header is {header[:80]!r}, not {known}; "
+            "'tracegen import auto' recognises other formats"
+        )
+    return header.split(",")
 
 
 def first_line(start: bytes) -> str:

@@ -14,11 +14,11 @@ from typing import Any
 import msgspec
 import polars as pl
 
-from tracegen.importers.base import Batches, Format, Options
-from tracegen.importers.burstgpt import link_turns
+from tracegen.importers.base import BATCH, Batches, Format, Options
 from tracegen.importers.columns import ID, MAX_TIME_NS, MAX_TOKENS
 from tracegen.importers.jsonvalues import json_values
 from tracegen.importers.textfiles import JsonRows, json_rows
+from tracegen.importers.turns import link_turns
 from tracegen.sources import Source
 
 REQUESTS = {"chat", "text_completion", "generate_content"}
@@ -32,13 +32,7 @@ _USAGE = {
 }
 _SCHEMA = pl.Schema(
     {
-        "_line": pl.Int64(),
-        "_text": pl.String(),
-        "_said": pl.String(),
-        "_why": pl.String(),
-        "_time_ns": pl.Int64(),
-        "input_tokens": pl.UInt32(),
-        "output_tokens": pl.UInt32(),
+        **BATCH,
         "elapsed_ns": pl.Int64(),
         "session_id": pl.String(),
         "model": pl.String(),

@@ -17,7 +17,7 @@ import numpy as np
 import polars as pl
 
 from tracegen.durations import NS_PER_S
-from tracegen.importers.base import Batches, Format, Options, Report
+from tracegen.importers.base import BATCH, Batches, Format, Options, Report
 from tracegen.importers.jsonvalues import json_values
 from tracegen.importers.texts import Count, PoissonTimes, check_options, remark_times, token_counter
 from tracegen.sessions import ASSUMED_NS_A_TOKEN, Structure
@@ -32,13 +32,7 @@ _ANSWERING = {"gpt", "chatgpt", "bing", "bard", "assistant"}  # in the published
 _CONVERSATIONS = 256  # whose messages are tokenized together
 _SCHEMA = pl.Schema(
     {
-        "_line": pl.Int64(),
-        "_text": pl.String(),
-        "_said": pl.String(),
-        "_why": pl.String(),
-        "_time_ns": pl.Int64(),
-        "input_tokens": pl.UInt32(),
-        "output_tokens": pl.UInt32(),
+        **BATCH,
         "session_id": pl.UInt64(),
         "think_ns": pl.Int64(),
         "_turn": pl.Int64(),
