@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 VLLM := .venv-vllm
 
-.PHONY: setup setup-vllm demo test test-vllm check bench docs lock clean
+.PHONY: setup setup-vllm setup-browser demo test test-vllm check bench docs lock clean
 
 setup: $(VENV)/.current
 
@@ -32,6 +32,11 @@ $(VLLM)/.current: tests/vllm/requirements.txt
 	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r $<
 	$(VLLM)/bin/python tests/vllm/name_vllm.py
 	@touch $@
+
+# A Chromium for tests/browser, which skip themselves without one.
+setup-browser:
+	command -v chromium || command -v chromium-browser || command -v google-chrome || \
+	  { apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium fonts-liberation; }
 
 check: setup
 	$(BIN)/ruff check .

@@ -7,6 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
+from analysis import cli_report
+from analysis.cli_sweep import add_commands
 from tracegen.console import make_app, note, print_json, print_table, prose, run_app, say
 from tracegen.errors import AnalysisError
 
@@ -351,25 +353,8 @@ def query(
         say(as_text(frame, kind).rstrip("\n"))
 
 
-@app.command()
-def report(
-    runs: RunPaths,
-    output: Annotated[Path, typer.Option("-o", "--output", help="The page to write.")] = Path("report.html"),
-    title: Annotated[str, typer.Option(help="The page's title.")] = "What the requests cost",
-) -> None:
-    """Write one self-contained page: the answer, where the joules went, power over time, buckets, latency.
-
-    \b
-    Examples:
-      analysis report RUN -o report.html
-      analysis report RUN_AT_1980_MHZ RUN_AT_1200_MHZ -o clocks.html
-    """
-    from analysis.load import open_run
-    from analysis.report import write_report
-
-    opened = [open_run(path) for path in runs]
-    write_report(opened, [_ensure(run) for run in opened], output, title)
-    say(f"wrote {output} ({output.stat().st_size / 1024:,.0f} kB); open it in a browser, it needs no network")
+cli_report.add_commands(app)
+add_commands(app)
 
 
 def _ensure(run: Any) -> Any:

@@ -41,7 +41,7 @@ def idle_baseline(case: Evidence) -> Doubt:
             off_j += UNKNOWN_REL * _level_w(idle) * _duration_s(case)
     if not remarks:
         level_w = sum(_level_w(fit.get("idle_power_w") or {}) for fit in case.fits)
-        return Doubt(name, OK, f"measured before and after the run, {level_w:.1f} W in all", 0.0, ERROR)
+        return Doubt(name, OK, f"measured before and after the run, {level_w:,.1f} W in all", 0.0, ERROR)
     do = f"replay with an idle baseline before and after, or write idle_power_w and idle_power_after_w in {MANIFEST}"
     return case.sized(name, off_j, ERROR, "; ".join(remarks), do)
 
@@ -58,7 +58,7 @@ def idle_drift(case: Evidence) -> Doubt:
         return Doubt(name, UNKNOWN, "idle power is not known on both sides of the run")
     before_w, after_w = (float(sum(idle[when] for idle in known)) for when in ("before", "after"))
     off_j = sum(abs(idle["after"] - idle["before"]) for idle in known) / 2 * _duration_s(case)
-    why = f"idle power went from {before_w:.1f} to {after_w:.1f} W"
+    why = f"idle power went from {before_w:,.1f} to {after_w:,.1f} W"
     do = "warm the GPUs up before the baseline is taken, and take it longer"
     return case.sized(name, off_j, ERROR, why, do)
 

@@ -1,93 +1,59 @@
 """The report's figures, as SVG text. Each function takes a small frame and draws it; no figure computes a result."""
 
-import io
 from typing import Any
 
 import altair as alt
 import polars as pl
 
+from analysis.drawing import INK, MUTED, WIDTH, svg
 from analysis.series import Series
 
-INK, MUTED, GRID = "#1b2733", "#667380", "#e6eaee"
-COLOURS = {"prefill": "#e07a2f", "decode": "#2b6ca3", "idle": "#c3cad1", "other": "#8d7aa8"}
+COLOURS = {"prefill": "#e07a2f", "decode": "#2b6ca3", "idle": "#aab4bd", "other": "#8d7aa8"}
+COLOURS |= {"of these shared": "#a9c6dd", "measured": "#4a5763"}
 RUN_COLOURS = ["#2b6ca3", "#e07a2f", "#3f8f6b", "#8d7aa8", "#b8434e", "#6b7280"]
 STEP_COLOURS = {"prefill": "#e07a2f", "both": "#b96a7c", "decode": "#2b6ca3"}
-WIDTH = 760
 FIT = alt.AutoSizeParams(type="fit-x", contains="padding")
 SINCE = "seconds since the window's start"
-# As wide here, where texts are placed, as with the reader.
-FONT = "Arial, Helvetica, 'Liberation Sans', sans-serif"
 
 
-AXIS = {
-    "labelColor": MUTED,
-    "titleColor": MUTED,
-    "titleFontWeight": "normal",
-    "labelFontSize": 12,
-    "titleFontSize": 12,
-    "gridColor": GRID,
-    "domainColor": GRID,
-    "tickColor": GRID,
-    "labelLimit": 260,
-}
-LEGEND = {
-    "labelColor": INK,
-    "labelFontSize": 12,
-    "title": None,
-    "orient": "top",
-    "symbolType": "square",
-    "columnPadding": 18,
-    "labelLimit": 320,
-}
+def waterfall(frame: pl.DataFrame) -> str:
+    """Where the joules went, a panel a run. `frame`: run, part, start, end (J a served request), text; parts top down.
 
-
-def _svg(chart: Any, least_axis: int = 44) -> str:
-    """`chart` in the report's dress, as an SVG element; y axes take at least `least_axis` px, so that panels align."""
-    dressed = (
-        chart.configure(font=FONT, background="transparent", padding=4)
-        .configure_view(stroke=None)
-        .configure_axis(**AXIS)
-        .configure_axisY(minExtent=least_axis)
-        .configure_legend(**LEGEND)
-        .configure_title(color=INK, fontSize=13, fontWeight=600, anchor="start")
-    )
-    text = io.StringIO()
-    dressed.save(text, format="svg")
-    return text.getvalue()
-
-
-def joules(frame: pl.DataFrame) -> str:
-    """Where the joules went. `frame`: run, part (prefill, decode, idle, other), rank, joules a served request."""
-    parts = [part for part in COLOURS if part in frame["part"].unique()]
-    # A run's name stands above its bar: names are long, and how long depends on the reader's font.
-    above = alt.Axis(
-        ticks=False, domain=False, labelColor=INK, labelAlign="left", labelOffset=-24, labelPadding=0, labelLimit=WIDTH
-    )
-    bars = (
-        alt.Chart(frame)
-        .mark_bar(cornerRadius=2, height=22)
-        .encode(
-            x=alt.X("joules:Q", title="J per served request", stack="zero", scale=alt.Scale(nice=False)),
-            y=alt.Y("run:N", title=None, sort=None, axis=above),
-            color=alt.Color("part:N", scale=alt.Scale(domain=parts, range=[COLOURS[p] for p in parts]), sort=parts),
-            order=alt.Order("rank:Q"),
+    A part begins where the one before it ended; what is shared of prefill and decode lies below them.
+    """
+    runs, parts = (frame[name].unique(maintain_order=True).to_list() for name in ("run", "part"))
+    room = 1.16  # for the figure behind the longest bar
+    scale = alt.Scale(domain=[0, room * max(frame["end"].to_list())], nice=False)
+    colour = alt.Scale(domain=parts, range=[COLOURS[part] for part in parts])
+    rows = alt.Axis(ticks=False, domain=False, labelColor=INK)
+    panels = []
+    for run in runs:
+        base = alt.Chart(frame.filter(pl.col("run") == run)).encode(
+            y=alt.Y("part:N", sort=parts, title=None, axis=rows)
         )
-    )
-    return _svg(bars.properties(width=WIDTH - 24, height=64 * frame["run"].n_unique()), least_axis=0)
+        bars = base.mark_bar(cornerRadius=1.5, height=17).encode(
+            x=alt.X("start:Q", title="J per served request" if run == runs[-1] else None, scale=scale),
+            x2="end:Q",
+            color=alt.Color("part:N", scale=colour, legend=None),
+        )
+        said = base.mark_text(align="left", dx=6, fontSize=12, color=MUTED).encode(x="end:Q", text="text:N")
+        panels.append((bars + said).properties(width=WIDTH - 150, height=25 * len(parts), title=run))
+    return svg(alt.vconcat(*panels, spacing=18), least_axis=110)
 
 
 def power(series: Series) -> str:
     """Power over the window, and under it how many requests were in the engine."""
-    scale = alt.Scale(nice=False, domain=[0, series.bin_s * series.overview.height])
+    bins = series.overview
+    scale = alt.Scale(nice=False, domain=[0, bins.bin_s * bins.power_w.size])
     line = {"color": COLOURS["decode"], "strokeWidth": 1.4}
-    base = alt.Chart(series.overview).properties(width=WIDTH - 70)
+    base = alt.Chart(bins.frame).properties(width=WIDTH - 70)
     top = base.mark_area(line=line, color=COLOURS["decode"], opacity=0.16, interpolate="step").encode(
         x=alt.X("t_s:Q", title=None, scale=scale), y=alt.Y("power_w:Q", title="power, W")
     )
     below = base.mark_area(color=COLOURS["prefill"], opacity=0.55, interpolate="step").encode(
         x=alt.X("t_s:Q", title=SINCE, scale=scale), y=alt.Y("requests:Q", title="requests")
     )
-    return _svg(alt.vconcat(top.properties(height=190), below.properties(height=80)))
+    return svg(alt.vconcat(top.properties(height=190), below.properties(height=80)))
 
 
 def close_up(series: Series) -> str:
@@ -120,7 +86,7 @@ def close_up(series: Series) -> str:
             .transform_calculate(zero="0")
             .properties(width=WIDTH - 70, height=110)
         )
-    return _svg(alt.vconcat(*panels).resolve_scale(color="independent"))
+    return svg(alt.vconcat(*panels).resolve_scale(color="independent"))
 
 
 def buckets(frame: pl.DataFrame, title: str = "") -> str:
@@ -147,7 +113,7 @@ def buckets(frame: pl.DataFrame, title: str = "") -> str:
     text = labels.mark_text(dy=-6, fontSize=10 if len(runs) > 1 else 12, color=MUTED).encode(
         y="joules:Q", text="text:N", **encodings
     )
-    return _svg((bars + text).properties(width=WIDTH, autosize=FIT, height=300, title=title))
+    return svg((bars + text).properties(width=WIDTH, autosize=FIT, height=300, title=title))
 
 
 def _short(joules: float) -> str:
@@ -171,4 +137,4 @@ def latency(frame: pl.DataFrame) -> str:
         .properties(width=(WIDTH - 170) / 3, height=170, title=metric)
         for i, metric in enumerate(frame["metric"].unique(maintain_order=True))
     ]
-    return _svg(alt.hconcat(*panels, spacing=22))
+    return svg(alt.hconcat(*panels, spacing=22))

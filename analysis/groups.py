@@ -1,6 +1,6 @@
 """Figures of requests by group: one aggregation for size buckets, labels and time windows, and for all at once."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,6 +22,7 @@ _COUNTED = (
     *("code", "ok", "answered", "met", "known", "input_tokens", "output_tokens"),
     *("energy_j", "prefill_j", "decode_j"),
 )
+_MEANS = ("ttft_ms", "tpot_ms", "e2el_ms")
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,9 @@ def aggregate(
 
     `table` is of `analysis.requests.request_table`, some or all of its rows. `metrics` are of `PER_REQUEST` and `ITL`;
     columns `<metric>_p<percentile>` are over answered requests, ITL over their tokens, or over requests' mean
-    TPOT where the run has no times of chunks, dispatch lag over all that were sent. A figure without data is null.
+    TPOT where the run has no times of chunks, dispatch lag over all that were sent; `<metric>_mean` of TTFT, TPOT and
+    E2EL are over answered requests too. `slo_attainment` is the share of all requests that met `slo`, and
+    `slo_attainment_<metric>` one of its objectives. A figure without data is null.
     """
     table = table.with_columns(
         groups.code.alias("code"), answered().alias("answered"), (pl.col("status") == "ok").alias("ok")
@@ -59,16 +62,17 @@ def aggregate(
     gaps, worst = _gaps(run, table, len(groups.names), each=longest) if longest or ITL in metrics else (None, None)
     if longest:
         table = _with_longest(run, table, worst)
-    told = {"e2el_ms", "tpot_ms", *metrics} - {ITL}
+    told = {*_MEANS, *metrics} - {ITL}
     known = (pl.col("energy_j").is_not_null() & pl.col("answered")).alias("known")
-    table = table.with_columns(slo.met().alias("met"), known).select(*_COUNTED, *told)
+    each = {f"met_{metric}": met for metric, met in slo.met_each().items()}
+    table = table.with_columns(slo.met().alias("met"), known, **each).select(*_COUNTED, *told, *each)
     if not table["answered"].all():  # a request that failed is not fast
         table = table.with_columns(pl.when("answered").then(m).alias(m) for m in told - {LAG})
-    sums = table.group_by("code").agg(_sums())
+    sums = table.group_by("code").agg(_sums(each))
     order = pl.DataFrame({"code": range(len(groups.names)), "group": groups.names}, _ORDER)
     whole = sums.select(pl.lit(ALL).alias("group"), pl.exclude("code").sum())
-    each = order.join(sums, on="code", how="left", maintain_order="left").with_columns(pl.exclude(*_ORDER).fill_null(0))
-    frame = pl.concat([each.drop("code"), whole]).with_columns(_ratios()).drop("^_.*$")
+    rows = order.join(sums, on="code", how="left", maintain_order="left").with_columns(pl.exclude(*_ORDER).fill_null(0))
+    frame = pl.concat([rows.drop("code"), whole]).with_columns(_ratios(each)).drop("^_.*$")
     by_token = gaps is not None and gaps.any()
     taken = [(m, m) for m in metrics if m != ITL] + ([(ITL, "tpot_ms")] if ITL in metrics and not by_token else [])
     exprs = [e for name, column in taken for e in _percentiles(column, name, percentiles)]
@@ -128,8 +132,11 @@ class Places:
         return np.where(self._ids[place] == ids, row, -1)
 
 
-def _sums() -> list[pl.Expr]:
-    """Counts, tokens and joules of a group, which add up over groups; those that begin with `_` make `_ratios`."""
+def _sums(met: Iterable[str]) -> list[pl.Expr]:
+    """Counts, tokens and joules of a group, which add up over groups; those that begin with `_` make `_ratios`.
+
+    `met`: columns that say whether a request met one objective.
+    """
     known = pl.col("known")
 
     def joules(part: str, tokens: str) -> list[pl.Expr]:
@@ -143,8 +150,8 @@ def _sums() -> list[pl.Expr]:
         pl.len().cast(pl.Int64).alias("requests"),
         *(pl.col(name).sum().cast(pl.Int64) for name in ("ok", "answered")),
         *(pl.col(name).filter("answered").cast(pl.Int64).sum() for name in ("input_tokens", "output_tokens")),
-        pl.col("e2el_ms").sum().alias("_e2el_ms"),
-        pl.col("e2el_ms").count().cast(pl.Int64).alias("_e2els"),
+        *(pl.col(name).sum().alias(f"_{name}") for name in (*_MEANS, *met)),
+        *(pl.col(name).count().cast(pl.Int64).alias(f"_{name}_count") for name in _MEANS),
         known.sum().cast(pl.Int64).alias("requests_with_energy"),
         *(pl.col(f"{part}_j").filter(known).sum().alias(f"_{part}_j") for part in ("energy", "prefill", "decode")),
         *(e for part, tokens in _PER_TOKEN for e in joules(part, tokens)),
@@ -160,15 +167,16 @@ _PER_TOKEN = {
 }
 
 
-def _ratios() -> list[pl.Expr]:
+def _ratios(met: Iterable[str]) -> list[pl.Expr]:
     """Means and shares from `_sums`; null where there is nothing to divide by."""
     return [
-        _ratio("_e2el_ms", "_e2els").alias("e2el_ms_mean"),
+        *(_ratio(f"_{name}", f"_{name}_count").alias(f"{name}_mean") for name in _MEANS),
         _ratio("_energy_j", "requests_with_energy").alias("energy_per_request_j"),
         *(_ratio(f"_{p}_of_{t}_j", f"_{p}_{t}").alias(name) for (p, t), name in _PER_TOKEN.items()),
         _ratio("_prefill_j", "_energy_j").alias("prefill_share"),
         _ratio("_decode_j", "_energy_j").alias("decode_share"),
         _ratio("slo_met", "requests").alias("slo_attainment"),
+        *(_ratio(f"_{name}", "requests").alias(f"slo_attainment_{name.removeprefix('met_')}") for name in met),
     ]
 
 

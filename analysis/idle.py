@@ -94,8 +94,8 @@ def _against_run(gpu: GpuData, idle: Idle, curve: Curve, steps: Sequence[Steps],
     if seconds < CONTRADICTS_S or off_w <= max(3 * idle.se_w, CONTRADICTS_REL * told_w):
         return idle
     said = (
-        f"{gpu.name}: the manifest's idle power is {told_w:.1f} W, but {seconds:.0f} s without a request show "
-        f"{level_w:.1f} W; what is left over goes to idle time first"
+        f"{gpu.name}: the manifest's idle power is {told_w:,.1f} W, but {seconds:.0f} s without a request show "
+        f"{level_w:,.1f} W; what is left over goes to idle time first"
     )
     return replace(idle, se_w=off_w, why="; ".join(text for text in (idle.why, said) if text))
 

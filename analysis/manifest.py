@@ -85,15 +85,23 @@ def check_manifest(run: Run) -> None:
     A missing key is none of that, but for the `gpu` that an entry of `gpus` is about.
     """
     source = f"{run.path / MANIFEST}"
-    for key, shape in _SHAPES.items():
-        if run.manifest.get(key) is not None:
-            _check(run.manifest[key], shape, key, source)
+    check_keys(run.manifest, _SHAPES, source)
     _check_owners(run.manifest.get("instances") or [], source)
     for i, entry in enumerate(run.manifest.get("gpus") or []):
         if entry.get("gpu") is None:
             raise RunError(f"{source}: key 'gpus[{i}]' has no key 'gpu', so no readings belong to it")
     for key, what in (("gpus", ("host", "gpu")), ("hosts", ("host",)), ("workers", ("worker",))):
         _check_once(run.manifest.get(key) or [], key, what, source)
+
+
+def check_keys(document: Mapping[str, Any], shapes: Mapping[str, Any], source: str) -> None:
+    """Raise `RunError` where what `document` has under a key of `shapes` is of another shape; null is of any.
+
+    A shape is a type, a list of one shape, or an object of shapes by key (`*`: any other key). `source` names the file.
+    """
+    for key, shape in shapes.items():
+        if document.get(key) is not None:
+            _check(document[key], shape, key, source)
 
 
 def _check_once(entries: Sequence[Mapping[str, Any]], key: str, what: Sequence[str], source: str) -> None:

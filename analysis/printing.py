@@ -12,15 +12,15 @@ from tracegen.console import format_si, note, plural, print_table, prose, say
 TOLD_S = 3.0  # between two words on how far it is
 
 
-def told_every(interval_s: float = TOLD_S) -> Callable[[float], None]:
-    """Says on stderr how much of a run is attributed, every few seconds; of what is quick it says nothing."""
+def told_every(interval_s: float = TOLD_S, what: str = "attributed") -> Callable[[float], None]:
+    """Says on stderr how much of a run or sweep is done, every few seconds; of what is quick it says nothing."""
     last_s = time.monotonic()
 
     def told(part: float) -> None:
         nonlocal last_s
         now_s = time.monotonic()
         if now_s - last_s >= interval_s and part < 1:
-            note(f"attributed {100 * part:.0f} %")
+            note(f"{what} {100 * part:.0f} %")
             last_s = now_s
 
     return told
@@ -40,9 +40,10 @@ def print_energy(summary: dict[str, Any], name: str, errors: Sequence[Error] = (
     if each_j is not None:
         answered = f"{summary['requests_averaged']:,} answered of {plural(summary['requests'], 'request')}"
         prose(["", f"{format_si(each_j, ' J', 4)} per request over {answered}{_with_idle(summary)}"])
+    left = format_si(summary["residual_j"], " J")
     prose(
         [
-            f"not accounted for: {summary['residual_j']:.3g} J; membership from {summary['membership'] or 'nothing'}",
+            f"not accounted for: {left}; membership from {summary['membership'] or 'nothing'}",
             *(line for fit in summary["fit"] for line in _fit_lines(fit)),
             f"gain of the power meters: known to ±{100 * summary['gain_rel_se']:.0f} % only, the same for all requests",
             *(f"note: {remark}" for remark in summary["notes"]),
@@ -107,7 +108,7 @@ def _fit_lines(fit: dict[str, Any]) -> list[str]:
     idle = fit["idle_power_w"]
     mismatch = fit["samples_over_counter_rel"]
     agree = "" if mismatch is None else f", samples {100 * mismatch:+z.2f} % against the counter"
-    rest = f"idle {idle['before']:.1f} to {idle['after']:.1f} W"
+    rest = f"idle {idle['before']:,.1f} to {idle['after']:,.1f} W"
     lines = [f"{name}: {plural(fit['gpus'], 'GPU')} by {fit['energy_source']}{agree}; {rest}"]
     if fit["model"]:
         lines.append(

@@ -1,109 +1,96 @@
 """One page about one or several runs: the answer first, then what it rests on. Works without a network."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import polars as pl
-from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
 
-from analysis import figures
-from analysis.buckets import bucket_table, rows_for_people
+from analysis import report_figures as drawn
+from analysis.buckets import bucket_table
 from analysis.compare import METRICS as COMPARED
 from analysis.compare import Difference, compare
 from analysis.groups import ALL
-from analysis.latency import answered
 from analysis.load import RunData, load_run
-from analysis.requests import CORE, request_table
+from analysis.report_figures import Subject
+from analysis.report_page import (
+    SIMULATED,
+    Card,
+    Cell,
+    Column,
+    Page,
+    Said,
+    Section,
+    Table,
+    percent,
+    short,
+    table_of,
+    whole,
+)
 from analysis.saved import RunEnergy
-from analysis.series import power_series
 from analysis.tables import run_names, setting
 from analysis.trust import cautions, verdict_texts
 from replay.rundir import Run
 from tracegen.console import format_si, plural
 from tracegen.errors import AnalysisError, RunError
 
-PARTS = ("prefill", "decode", "idle", "other")
-METRICS = {"TTFT": "ttft_ms", "TPOT (mean TBT)": "tpot_ms", "E2E latency": "e2el_ms"}
-CURVE_POINTS = 200
+COLUMNS = (
+    Column("run", "run"),
+    Column("group", "size"),
+    Column("ok", "served", whole),
+    Column("requests", "of", whole),
+    *(Column(f"ttft_ms_p{p}", f"TTFT p{p}, ms", short) for p in (50, 90, 99)),
+    *(Column(f"tbt_ms_p{p}", f"TBT p{p}, ms", short) for p in (50, 90, 99)),
+    *(Column(f"e2el_ms_p{p}", f"E2E p{p}, s", lambda ms: short(ms / 1e3)) for p in (50, 90, 99)),
+    Column("energy_per_request_j", "J/request", short),
+    Column("energy_per_input_token_j", "J/input token", short),
+    Column("energy_per_output_token_j", "J/output token", short),
+    Column("prefill_share", "prefill", percent),
+    Column("slo_attainment", "SLO met", percent),
+)
+SIZES = (
+    "Latencies are of answered requests. Objectives: TTFT 250, 400 and 2000 ms for short, medium and long inputs, and "
+    "100 ms for a request's mean TBT; a request that failed has missed them. A heading sorts."
+)
 
 
-@dataclass(frozen=True)
-class Figure:
-    """A picture with what it says in words and the numbers behind it."""
-
-    title: str
-    says: str
-    svg: Markup
-    headings: Sequence[str]
-    rows: Sequence[Sequence[str]]
-
-
-@dataclass(frozen=True)
-class Subject:
-    """A run of the report."""
-
-    run: Run
-    name: str
-    energy: RunEnergy
-    buckets: pl.DataFrame
-    data: RunData | None  # the meter's readings, or
-    unmetered: str | None  # why there are none to draw
-
-    @property
-    def whole(self) -> dict[str, Any]:
-        """The bucket table's last row: all requests."""
-        return self.buckets.row(-1, named=True)
-
-    @property
-    def each_j(self) -> float | None:
-        """Joules measured per served request, idle power included; None where either is missing."""
-        measured_j = (self.energy.summary or {}).get("measured_j")
-        return measured_j / self.whole["ok"] if measured_j is not None and self.whole["ok"] else None
-
-
-def write_report(runs: Sequence[Run], energies: Sequence[RunEnergy], path: Path, title: str) -> None:
-    """Write the page about `runs` to `path`, by rename. Raises `AnalysisError` when it cannot be written."""
-    page = render_report(runs, energies, title)
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_text(page, encoding="utf-8")
-        partial.replace(path)
-    except OSError as error:
-        raise AnalysisError(f"{path}: cannot be written ({error.strerror})") from None
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def render_report(runs: Sequence[Run], energies: Sequence[RunEnergy], title: str) -> str:
-    """The page as HTML text: every text from a run is escaped, every figure is inlined."""
+def run_page(runs: Sequence[Run], energies: Sequence[RunEnergy], title: str) -> Page:
+    """The page about `runs` with their `energies`."""
     subjects = subjects_of(runs, energies)
     metered = [s for s in subjects if s.energy.summary is not None]
-    over_time = [figure for subject in metered for figure in _over_time(subject.name, subject.data)]
-    shown = [_joules(metered), *over_time, _buckets(metered), _latency(subjects)]
-    environment = Environment(loader=PackageLoader("analysis"), autoescape=True, undefined=StrictUndefined)
-    environment.trim_blocks = environment.lstrip_blocks = True
-    return environment.get_template("report.html.j2").render(
-        title=title,
-        simulated=[s.name for s in subjects if s.run.simulated],
-        all_simulated=all(s.run.simulated for s in subjects),
-        cautions=[line for s in subjects for line in cautions(s.name, s.run)],
-        headlines=headlines(subjects),
-        figures=[figure for figure in shown if figure],
-        tables=[(s.name, *rows_for_people(s.buckets)) for s in subjects],
-        runs=[_card(s) for s in subjects],
+    simulated = [s.name for s in subjects if s.run.simulated]
+    partly = f"SIMULATED in part: {', '.join(simulated)}" if simulated else None
+    sections = [
+        *(Section(figure.title, figures=[figure]) for figure in [drawn.joules(metered)] if figure),
+        *(
+            Section(f"Power over time{'' if len(metered) == 1 else f': {s.name}'}", figures=figures)
+            for s in metered
+            if (figures := drawn.over_time(s))
+        ),
+        *(Section(f.title, figures=[f]) for f in (drawn.buckets(metered), drawn.latency(subjects)) if f),
+        Section(
+            "By size of request",
+            [SIZES],
+            tables=_by_size(subjects),
+        ),
+        Section("The runs, and whether to trust them", cards=[card_of(s) for s in subjects]),
+    ]
+    return Page(
+        title,
+        SIMULATED if len(simulated) == len(subjects) > 0 else partly,
+        [Said(line) for line in headlines(subjects)],
+        sections,
+        [line for s in subjects for line in cautions(s.name, s.run)],
     )
 
 
 def subjects_of(runs: Sequence[Run], energies: Sequence[RunEnergy]) -> list[Subject]:
     """The runs with their energies, by the names that the report calls them."""
-    return [
-        Subject(run, name, energy, bucket_table(run, energy.requests), *_readings(run, energy))
-        for run, name, energy in zip(runs, short_names(runs), energies, strict=True)
-    ]
+    return [subject_of(*each) for each in zip(runs, short_names(runs), energies, strict=True)]
+
+
+def subject_of(run: Run, name: str, energy: RunEnergy) -> Subject:
+    """A run as the report's figures need it."""
+    return Subject(run, name, energy, bucket_table(run, energy.requests), *_readings(run, energy))
 
 
 def short_names(runs: Sequence[Run]) -> list[str]:
@@ -112,6 +99,21 @@ def short_names(runs: Sequence[Run]) -> list[str]:
     if len(runs) > 1 and len(set(settings)) == len(runs) and all(tp and mhz for tp, mhz in settings):
         return [f"TP{tp} at {mhz} MHz" for tp, mhz in settings]
     return run_names(runs)
+
+
+def _by_size(subjects: Sequence[Subject]) -> list[Table]:
+    """One table of all runs' sizes, and of what a run comes to as a whole."""
+    if not subjects:
+        return []
+    frame = pl.concat([s.buckets.with_columns(run=pl.lit(s.name)) for s in subjects])
+    columns = COLUMNS if len(subjects) > 1 else COLUMNS[1:]
+    each, last = frame.filter(pl.col("group") != ALL), frame.filter(pl.col("group") == ALL)
+    if len(subjects) == 1:
+        return [table_of("By size of request", columns, each, total=last, sorts=True)]
+    return [
+        table_of("By size of request", columns, each, sorts=True),
+        table_of("All sizes", columns, last, sorts=True),
+    ]
 
 
 def headlines(subjects: Sequence[Subject]) -> list[str]:
@@ -195,28 +197,6 @@ def _about(subject: Subject, *, alone: bool) -> list[str]:
     return lines
 
 
-def _joules(subjects: Sequence[Subject]) -> Figure | None:
-    """Where the joules went."""
-    rows = [
-        {"run": s.name, "part": part, "rank": i, "joules": summary[f"{part}_j"] / s.whole["ok"]}
-        for s in subjects
-        if (summary := s.energy.summary) and s.whole["ok"]
-        for i, part in enumerate(PARTS)
-        if summary[f"{part}_j"] > 0
-    ]
-    if not rows:
-        return None
-    frame = pl.DataFrame(rows)
-    return Figure(
-        "Where the joules went",
-        "The energy that the GPUs drew over the whole window, divided by the requests served. Idle is time with no "
-        "request in the engine; other is the work of requests that are not of this run, such as warm-up.",
-        Markup(figures.joules(frame)),  # noqa: S704 - drawn here; the renderer escapes what it writes
-        ["run", "part", "J per served request"],
-        [[r["run"], r["part"], f"{r['joules']:,.2f}"] for r in rows],
-    )
-
-
 def _readings(run: Run, energy: RunEnergy) -> tuple[RunData | None, str | None]:
     """What to draw power from; a run whose energy is kept may have lost its readings since: then why."""
     if energy.summary is None:
@@ -227,79 +207,7 @@ def _readings(run: Run, energy: RunEnergy) -> tuple[RunData | None, str | None]:
         return None, f"power over time is not shown: {error}"
 
 
-def _over_time(name: str, data: RunData | None) -> list[Figure]:
-    """Power over the window, and the busiest seconds step by step where there are step records."""
-    if data is None:
-        return []
-    series = power_series(data)
-    whole = Figure(
-        f"Power over time: {name}",
-        f"Mean power of the engine's GPUs in bins of {series.bin_s:.2g} s, and below it the mean number of requests in "
-        "the engine.",
-        Markup(figures.power(series)),  # noqa: S704 - drawn here
-        ["s", "power, W", "requests"],
-        [[f"{t:.1f}", f"{w:,.0f}", f"{n:.1f}"] for t, w, n in series.overview.gather_every(10).iter_rows()],
-    )
-    if series.steps is None or series.steps.is_empty():
-        return [whole]
-    close_up = Figure(
-        f"The busiest {series.close_up_s[1] - series.close_up_s[0]:.0f} seconds: {name}",
-        "Above, each GPU's power readings; below, each engine step, as wide as it took and as high as the requests it "
-        "served together. They share its energy, which is why a request's cost cannot be read off a meter.",
-        Markup(figures.close_up(series)),  # noqa: S704 - drawn here
-        ["start, s", "end, s", "requests", "work"],
-        [[f"{a:.3f}", f"{b:.3f}", str(n), kind] for a, b, n, kind in series.steps.iter_rows()],
-    )
-    return [whole, close_up]
-
-
-def _buckets(subjects: Sequence[Subject]) -> Figure | None:
-    """Energy per request by size."""
-    rows = [
-        {"run": s.name, "group": row["group"], "part": part, "rank": i, "joules": share * row["energy_per_request_j"]}
-        for s in subjects
-        for row in s.buckets.iter_rows(named=True)
-        if row["group"] != ALL and row["energy_per_request_j"] is not None
-        for i, part in enumerate(PARTS[:2])
-        if (share := row[f"{part}_share"]) is not None
-    ]
-    if not rows:
-        return None
-    return Figure(
-        "Energy per request by size",
-        "First letter: input (S under 256 tokens, M under 1024, L up to 8192, X beyond). Second letter: output "
-        "(S under 100, M under 350, L). Means over the requests of each size, idle power apart.",
-        Markup(figures.buckets(pl.DataFrame(rows))),  # noqa: S704 - drawn here
-        ["run", "size", "part", "J per request"],
-        [[r["run"], r["group"], r["part"], f"{r['joules']:,.1f}"] for r in rows],
-    )
-
-
-def _latency(subjects: Sequence[Subject]) -> Figure | None:
-    """Distributions of latency."""
-    frames, rows = [], []
-    shares = np.linspace(0, 1, CURVE_POINTS + 1)
-    for subject in subjects:
-        table = request_table(subject.run, None, CORE).filter(answered())
-        for metric, column in METRICS.items():
-            values = table[column].drop_nulls().to_numpy()
-            values = values[values > 0]  # a logarithmic axis has no zero
-            if values.size:
-                curve = pl.DataFrame({"ms": np.quantile(values, shares), "share": shares})
-                frames.append(curve.with_columns(run=pl.lit(subject.name), metric=pl.lit(metric)))
-                rows.append([subject.name, metric, *(f"{np.quantile(values, p):,.1f}" for p in (0.5, 0.9, 0.99))])
-    if not frames:
-        return None
-    return Figure(
-        "Latency",
-        "Share of answered requests that took at most so long, from the time of sending.",
-        Markup(figures.latency(pl.concat(frames))),  # noqa: S704 - drawn here
-        ["run", "metric, ms", "p50", "p90", "p99"],
-        rows,
-    )
-
-
-def _card(subject: Subject) -> dict[str, Any]:
+def card_of(subject: Subject) -> Card:
     """A run's settings, verdicts, and how its energy was found."""
     manifest, summary = subject.run.manifest, subject.energy.summary or {}
     instances = manifest.get("instances") or []
@@ -319,14 +227,26 @@ def _card(subject: Subject) -> dict[str, Any]:
         "membership": summary.get("membership"),
         "energy from": "; ".join(sources) or None,
     }
-    return {
-        "name": subject.name,
-        "directory": subject.run.name,
-        "simulated": subject.run.simulated,
-        "settings": {key: str(value) for key, value in settings.items() if value is not None},
-        "verdicts": [verdict_texts(v) for v in manifest.get("verdicts") or []],
-        "notes": [*summary.get("notes", []), *(text for text in (subject.energy.why, subject.unmetered) if text)],
-    }
+    verdicts = manifest.get("verdicts") or []
+    return Card(
+        subject.name,
+        subject.run.simulated,
+        [subject.run.name] if subject.run.name != subject.name else [],
+        {key: str(value) for key, value in settings.items() if value is not None},
+        verdict_table(subject.name, verdicts) if verdicts else None,
+        [*summary.get("notes", []), *(text for text in (subject.energy.why, subject.unmetered) if text)],
+    )
+
+
+def verdict_table(name: str, verdicts: Sequence[dict[str, Any]]) -> Table:
+    """A run's verdicts on itself."""
+    said = {True: "passed", False: "failed", None: "not judged"}
+    rows = [
+        [Cell(v["name"]), Cell(said[v["ok"]], ok=v["ok"]), Cell(v["value"]), Cell(v["bound"]), Cell(v["why"])]
+        for v in map(verdict_texts, verdicts)
+    ]
+    headings = ["verdict", "found", "value", "bound", "why"]
+    return Table(f"Verdicts of {name}", headings, [True, True, False, False, True], rows)
 
 
 def _si(joules: float | None) -> str:

@@ -167,14 +167,14 @@ def _absurd(gpu: GpuData, watts: Floats, known: Bools, column: str) -> tuple[tup
     if much.any():
         most = int(np.argmax(np.where(much, watts, -np.inf)))
         said.append(
-            f"{np.count_nonzero(much)} readings of {column} are above {limit_w:.0f} W (up to {watts[most]:.0f} W at "
+            f"{np.count_nonzero(much)} readings of {column} are above {limit_w:,.0f} W (up to {watts[most]:,.0f} W at "
             f"{gpu.t_s[most]:.1f} s), which no board draws: left out"
         )
     elif high.any():
         most = int(np.argmax(np.where(high, watts, -np.inf)))
         said.append(
             f"{np.count_nonzero(high)} readings of {column} are above {ABSURD_TIMES:.0f} times the usual "
-            f"{usual_w:.0f} W (up to {watts[most]:.0f} W at {gpu.t_s[most]:.1f} s): kept, for a burst may be true"
+            f"{usual_w:,.0f} W (up to {watts[most]:,.0f} W at {gpu.t_s[most]:.1f} s): kept, for a burst may be true"
         )
     return tuple(said), known & ~none & ~much if said else known
 

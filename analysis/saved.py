@@ -1,7 +1,7 @@
 """Energy that is there already, or is computed and kept: what every command but `analysis energy` starts from."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import polars as pl
@@ -54,27 +54,45 @@ def save(energy: Energy) -> None:
     write_energy(energy, {"requests": requests, "buckets": bucket_table(energy.run, energy.requests)})
 
 
-def ensure_energy(run: Run) -> RunEnergy:
+def ensure_energy(run: Run, scope: str | None = None) -> RunEnergy:
     """The saved attribution of a complete `run` where it is newer than the run's files, else a new one, saved.
 
+    `scope`: whose joules these are to be, `gpu` or `node`; one of `node` that is saved serves both. None: as it was
+    saved, else `gpu`.
     One that was saved by another method is what somebody asked for: it stays, and the new one is not kept. A run that
     cannot be attributed (no power) still has latencies: it comes back with `why`.
     """
     known = _saved(run)
-    if known is not None and known.summary is not None and known.summary.get("method") == DEFAULT_METHOD:
-        return known
+    method = DEFAULT_METHOD if known is None or known.summary is None else known.summary.get("method")
+    if known is not None and method == DEFAULT_METHOD and scope in {None, "gpu", known.scope}:
+        return known if scope is None else _of_scope(known, scope)
     try:
-        energy = attribute(run)
+        energy = attribute(run, scope=scope or "gpu")
     except (AnalysisError, RunError) as error:
         return RunEnergy(None, None, why=str(error))
-    if known is not None and known.summary is not None:
-        kept = f"{ENERGY_DIR}/ is by method {known.summary.get('method')}, and stays so"
+    if method != DEFAULT_METHOD:
+        kept = f"{ENERGY_DIR}/ is by method {method}, and stays so"
         return RunEnergy(energy.requests, energy.summary, fresh=True, unsaved=kept)
     try:
         save(energy)
     except AnalysisError as error:  # a run that may only be read is still answered
         return RunEnergy(energy.requests, energy.summary, fresh=True, unsaved=str(error))
     return RunEnergy(energy.requests, energy.summary, fresh=True)
+
+
+def _of_scope(energy: RunEnergy, scope: str) -> RunEnergy:
+    """`energy` with the joules of `scope`; of those of a node the GPUs that nothing ran on, which were idle, go."""
+    if energy.summary is None or energy.scope == scope:
+        return energy
+    fits = energy.summary["fit"]
+    unused_j = sum(float(fit["measured_j"]) for fit in fits if fit["instance"] is None)
+    narrowed = {
+        "scope": scope,
+        "measured_j": energy.summary["measured_j"] - unused_j,
+        "idle_j": energy.summary["idle_j"] - unused_j,
+        "fit": [fit for fit in fits if fit["instance"] is not None],
+    }
+    return replace(energy, summary={**energy.summary, **narrowed})
 
 
 def _saved(run: Run) -> RunEnergy | None:

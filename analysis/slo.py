@@ -36,8 +36,15 @@ class Slo:
         A latency that is not known is not met, but a one-token answer meets what lies between tokens. A bound on
         `itl` needs the column `itl_ms`, the longest gap.
         """
-        small, middling = (pl.col("bucket").is_in([b for b in BUCKETS if b[0] == size]) for size in "SM")
         met = answered()
+        for one in self.met_each().values():
+            met &= one
+        return met
+
+    def met_each(self) -> dict[str, pl.Expr]:
+        """Whether a request of `request_table` met each of them, by metric, as `met` has it."""
+        small, middling = (pl.col("bucket").is_in([b for b in BUCKETS if b[0] == size]) for size in "SM")
+        met = {}
         for metric, (short, medium, long) in self.bounds_ms.items():
             bound_ms = (
                 pl.lit(short)
@@ -47,7 +54,7 @@ class Slo:
             in_time = (pl.col(f"{metric}_ms") <= bound_ms).fill_null(value=False)
             if metric in BETWEEN_TOKENS:
                 in_time |= (pl.col("output_tokens") == 1).fill_null(value=False)
-            met &= in_time
+            met[metric] = answered() & in_time
         return met
 
     def __str__(self) -> str:

@@ -26,8 +26,8 @@ from gpu_checks import check_added, check_counter, check_recorder, check_singles
 from gpu_page import write_page
 
 from replay.gpu.base import open_gpus
-from replay.plan import fit_lengths
 from replay.rundir import Run
+from replay.source import fit_lengths
 from tracegen.durations import NS_PER_S
 from tracegen.errors import ReplayError, WattraceError
 from tracegen.schema import write_trace

@@ -1,7 +1,7 @@
-"""The commands that repeat a run, rebuilt from its manifest: how its trace was made, and how it was replayed."""
+"""The command that repeats a run, rebuilt from its manifest; that of its trace is in `tracegen.commands`."""
 
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
@@ -10,10 +10,9 @@ import msgspec
 
 from replay.plan import RunOptions
 from replay.rundir import Run
-from tracegen.durations import NS_PER_S
+from tracegen.durations import exact_duration
 from tracegen.errors import RunError
 from tracegen.schema import file_sha256
-from tracegen.workload import command_words
 
 # Of each argument its option; two names: what turns it on and what turns it off.
 OPTIONS: dict[str, str | tuple[str | None, str | None]] = {
@@ -116,56 +115,3 @@ def _words(name: str, value: Any) -> list[str]:
     if isinstance(value, tuple):
         return [f"{option}={text}" for text in value]  # a text may itself begin with hyphens
     return [option, str(value)]
-
-
-def exact_duration(ns: int) -> str:
-    """`ns` as a command takes it, to the nanosecond (where a double holds it)."""
-    whole, rest = divmod(ns, NS_PER_S)
-    return f"{whole}s" if not rest else f"{ns / 1e6:.6f}".rstrip("0").rstrip(".") + "ms"
-
-
-def tracegen_commands(metadata: Mapping[str, Any], output: str) -> list[str]:
-    """The `tracegen` lines that make the trace with this file metadata, from its origin on; empty where unknown.
-
-    Files between have the names that they had, in the working directory.
-    """
-    parameters, source = metadata.get("parameters") or {}, metadata.get("source") or {}
-    words = _GENERATORS.get(str(metadata.get("generator")))
-    if words is None:
-        return []
-    try:
-        made_of = str(source.get("file", ""))
-        mine = [*str(metadata["generator"]).split(), *words(parameters, made_of)]
-    except KeyError:
-        return []
-    if "seed" in metadata:
-        mine += ["--seed", str(metadata["seed"])]
-    before = tracegen_commands(source.get("metadata") or {}, made_of)
-    return [*before, shlex.join([*mine, "-o", output])]
-
-
-def _import_words(asked: Mapping[str, Any], file: str) -> list[str]:
-    """What was given to `tracegen import FORMAT`, in the order in which the metadata keep it."""
-    words = [file, "--label", str(asked["label"]), *["--skip-bad"] * bool(asked["skip_bad"])]
-    for name in ("limit", "sort", "dequantize", "map", "time_unit"):
-        value = asked.get(name)
-        if value:
-            words.append(f"--{name.replace('_', '-')}")
-            words += (
-                [",".join(f"{k}={v}" for k, v in value.items())]
-                if name == "map"
-                else [str(value)] * (value is not True)
-            )
-    return words
-
-
-_GENERATORS: dict[str, Callable[[Mapping[str, Any], str], list[str]]] = {
-    "tracegen synth": lambda asked, _: command_words(asked, exact_duration(asked["duration_ns"])),
-    "tracegen scale": lambda asked, file: [file, "--rate", str(asked["rate_target_rps"])],
-    "tracegen slice": lambda asked, file: [
-        file, "--start", exact_duration(asked["start_ns"]), "--duration", exact_duration(asked["duration_ns"]),
-    ],
-    **dict.fromkeys(
-        [f"tracegen import {name}" for name in ("azure", "burstgpt", "mooncake", "bailian", "table")], _import_words
-    ),
-}  # fmt: skip

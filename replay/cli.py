@@ -13,6 +13,7 @@ from replay.allocators import give_back_freed_memory
 from replay.gpu.cli import AsJson, clocks_app, parse_gpus, probe
 from replay.live import Progress, open_progress
 from replay.sim.cli import sim_app
+from replay.sweep.cli import sweep
 from tracegen.console import make_app, print_json, prose, run_app, say
 from tracegen.durations import parse_duration_ns
 from tracegen.errors import ReplayError, WattraceError
@@ -291,6 +292,9 @@ def _run(options: "RunOptions", progress: Progress, prometheus_port: int | None)
 
 
 RunDir = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.", show_default=False)]
+
+
+app.command()(sweep)
 
 
 @app.command()

@@ -2,8 +2,10 @@
 
 import os
 import resource
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +21,8 @@ _TOKEN_S = 0.05  # taken for a server's time between two tokens, where streams a
 _WINDOW_NS = 10**9
 _SPARE_FILES = 128  # descriptors beside the streams: the log, pipes, connections opened ahead
 _SLICE_ROWS = 1 << 16  # written at once
+_CELLS = 1 << 16
+Route = Callable[[pl.DataFrame], npt.NDArray[np.int64]]
 _DTYPE = np.dtype(
     {
         "names": ["request_id", "arrival", "think", "parent", "input", "output", "priority", "hashes", "instance"],
@@ -29,41 +33,88 @@ _DTYPE = np.dtype(
 )
 
 
-def peak_load(trace: pl.DataFrame) -> tuple[float, float]:
-    """The most requests in a second of `trace`, and about how many streams are open at once at most.
+class Load(NamedTuple):
+    """What a trace asks of who sends it."""
+
+    requests: int = 0
+    rps: float = 0.0  # the most requests in a second
+    streams: float = 0.0  # about how many are open at once at most
+
+
+class Peak:
+    """The load of a trace, batch by batch; what is held are a second's requests and the streams that are open.
 
     A stream is taken to last 50 ms a token: nobody knows before the server has answered.
     """
-    arrival = trace["arrival_ns"].to_numpy()
-    ends = np.searchsorted(arrival, arrival + _WINDOW_NS, "left")
-    rps = float((ends - np.arange(len(arrival))).max(initial=0)) / (_WINDOW_NS / 1e9)
-    last = np.sort(arrival + (trace["output_tokens"].to_numpy() * (_TOKEN_S * 1e9)).astype(np.int64))
-    streams = np.arange(1, len(arrival) + 1) - np.searchsorted(last, arrival, "left")
-    return rps, float(streams.max(initial=0))
+
+    def __init__(self) -> None:
+        self._requests, self._rps, self._streams = 0, 0, 0
+        self._recent_ns = np.zeros(0, np.int64)  # arrivals within the last second
+        self._ends_ns = np.zeros(0, np.int64)  # of the streams that are open, in order
+
+    @property
+    def load(self) -> Load:
+        """So far."""
+        return Load(self._requests, self._rps / (_WINDOW_NS / 1e9), float(self._streams))
+
+    def add(self, arrival_ns: npt.NDArray[np.int64], output_tokens: npt.NDArray[np.int64]) -> None:
+        """The requests that come next, in order."""
+        if not arrival_ns.size:
+            return
+        self._requests += arrival_ns.size
+        near_ns = np.concatenate([self._recent_ns, arrival_ns])
+        upto = np.searchsorted(near_ns, near_ns + _WINDOW_NS, "left")
+        self._rps = max(self._rps, int((upto - np.arange(near_ns.size)).max()))
+        self._recent_ns = near_ns[near_ns > near_ns[-1] - _WINDOW_NS]
+        ends_ns = arrival_ns + (output_tokens * (_TOKEN_S * 1e9)).astype(np.int64)
+        open_ = self._ends_ns.size
+        self._ends_ns = np.sort(np.concatenate([self._ends_ns, ends_ns]))
+        closed = np.searchsorted(self._ends_ns, arrival_ns, "left")
+        self._streams = max(self._streams, int((open_ + np.arange(1, arrival_ns.size + 1) - closed).max()))
+        self._ends_ns = self._ends_ns[self._ends_ns >= arrival_ns[-1]]
 
 
-def worker_count(trace: pl.DataFrame, *, fast: bool, one: bool, asked: int | None) -> int:
-    """How many workers send `trace`: as many as asked, else as its load needs and this process has cores.
+class Due:
+    """How many requests are due by a moment, to a second, or to 1/65,536 of a trace that is longer."""
+
+    def __init__(self, last_ns: int) -> None:
+        """`last_ns`: when the last one is due."""
+        self.last_ns, self.requests = last_ns, 0
+        self._cell_ns = max(_WINDOW_NS, last_ns // _CELLS + 1)
+        self._upto = np.zeros(last_ns // self._cell_ns + 2, np.int64)
+
+    def add(self, arrival_ns: npt.NDArray[np.int64]) -> None:
+        """More requests."""
+        self.requests += arrival_ns.size
+        cells = arrival_ns // self._cell_ns + 1
+        self._upto += np.cumsum(np.bincount(cells, minlength=self._upto.size))
+
+    def by(self, t_ns: int) -> int:
+        """How many are due by `t_ns`, from the trace's zero."""
+        return int(np.interp(t_ns / self._cell_ns, np.arange(self._upto.size), self._upto))
+
+
+def worker_count(load: Load, *, fast: bool, one: bool, asked: int | None) -> int:
+    """How many workers send `load`: as many as asked, else as its load needs and this process has cores.
 
     `one`: what was asked for (a cap, a router) needs all requests in one place.
     """
     if asked is not None:
-        return min(asked, max(1, trace.height))
+        return min(asked, max(1, load.requests))
     if one:
         return 1
-    rps, streams = peak_load(trace)
-    need = max(rps / WORKER_RPS, streams / WORKER_STREAMS) * (1.0 if fast else GENERAL_SHARE)
-    return max(1, min(int(np.ceil(need)), len(os.sched_getaffinity(0)), trace.height))
+    need = max(load.rps / WORKER_RPS, load.streams / WORKER_STREAMS) * (1.0 if fast else GENERAL_SHARE)
+    return max(1, min(int(np.ceil(need)), len(os.sched_getaffinity(0)), load.requests))
 
 
-def check_descriptors(trace: pl.DataFrame, workers: int, max_concurrency: int | None) -> None:
+def check_descriptors(load: Load, workers: int, max_concurrency: int | None) -> None:
     """Let this process and its workers open as many files as they may; raise `ReplayError` where that is too few."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     if hard == resource.RLIM_INFINITY:
         return
-    streams = min(peak_load(trace)[1], max_concurrency or np.inf) / workers
+    streams = min(load.streams, max_concurrency or np.inf) / workers
     if streams + _SPARE_FILES > hard:
         where = f" in each of {workers} workers" if workers > 1 else ""
         raise ReplayError(
@@ -72,31 +123,48 @@ def check_descriptors(trace: pl.DataFrame, workers: int, max_concurrency: int | 
         )
 
 
-def cut(trace: pl.DataFrame, routes: npt.NDArray[np.int64], workers: int, run_dir: Path, *, think_time: bool) -> None:
-    """Write the shard of each worker: row i goes to worker i modulo `workers`.
+def cut(batches: Iterable[pl.DataFrame], route: Route, workers: int, run_dir: Path, *, think_time: bool) -> None:
+    """Write the shard of each worker: row i of the trace in `batches` goes to worker i modulo `workers`.
 
-    With `think_time` all turns of a session go to where its first one goes, for each waits for the one before.
+    `route` says which instance each row of a batch is for; batches come in order. With `think_time` all turns of a
+    session go to where its first one goes, for each waits for the one before. Then the trace is held as a whole: a
+    turn does not wait for one that nobody sends.
     """
     (run_dir / FOLDER).mkdir(exist_ok=True)
-    turns = think_time and {"parent_id", "think_ns"} <= set(trace.columns)
-    if turns:
-        here = trace["parent_id"].is_in(trace["request_id"].implode())
-        trace = trace.with_columns(pl.when(here).then(pl.col("think_ns")).fill_null(NONE))
-    whose = _whose(trace, workers, think_time=think_time)
+    if think_time:
+        batches = [_with_waits(pl.concat(batches))]
+    row = 0
     with ExitStack() as stack:
         files = [
             [stack.enter_context(path(run_dir, worker).open("wb")) for path in (shard_path, hashes_path)]
             for worker in range(workers)
         ]
-        for at in range(0, trace.height, _SLICE_ROWS):
-            part = trace[at : at + _SLICE_ROWS]
-            rows = _rows(part, routes[at : at + _SLICE_ROWS], turns=turns)
-            for worker, (shard, hashes) in enumerate(files):
-                mine = whose[at : at + _SLICE_ROWS] == worker
-                shard.write(rows[mine].tobytes())
-                if "prefix_hashes" in part.columns:
-                    own = part["prefix_hashes"].filter(pl.Series(mine)).explode().drop_nulls()
-                    hashes.write(own.to_numpy().astype("<u8").tobytes())
+        for batch in batches:
+            every, row = _whose(batch, row, workers, think_time=think_time), row + batch.height
+            routes = route(batch)
+            for at in range(0, batch.height, _SLICE_ROWS):
+                part, whose = batch[at : at + _SLICE_ROWS], every[at : at + _SLICE_ROWS]
+                _write(part, _rows(part, routes[at : at + _SLICE_ROWS], turns=think_time), whose, files)
+
+
+def _with_waits(trace: pl.DataFrame) -> pl.DataFrame:
+    """`trace` with `think_ns` where a turn waits for another one of the trace, and `NONE` elsewhere."""
+    if not {"parent_id", "think_ns"} <= set(trace.columns):
+        return trace.with_columns(think_ns=pl.lit(NONE, pl.Int64), parent_id=pl.lit(None, pl.UInt64))
+    here = trace["parent_id"].is_in(trace["request_id"].implode())
+    return trace.with_columns(pl.when(here).then(pl.col("think_ns")).fill_null(NONE))
+
+
+def _write(
+    part: pl.DataFrame, rows: npt.NDArray[np.void], whose: npt.NDArray[np.int64], files: Sequence[Sequence[BinaryIO]]
+) -> None:
+    """Append rows of the trace, and as `rows` of shards, to those that they go to."""
+    for worker, (shard, hashes) in enumerate(files):
+        mine = whose == worker
+        shard.write(rows[mine].tobytes())
+        if "prefix_hashes" in part.columns:
+            own = part["prefix_hashes"].filter(pl.Series(mine)).explode().drop_nulls()
+            hashes.write(own.to_numpy().astype("<u8").tobytes())
 
 
 def _rows(trace: pl.DataFrame, routes: npt.NDArray[np.int64], *, turns: bool) -> npt.NDArray[np.void]:
@@ -116,14 +184,14 @@ def _rows(trace: pl.DataFrame, routes: npt.NDArray[np.int64], *, turns: bool) ->
     return rows
 
 
-def _whose(trace: pl.DataFrame, workers: int, *, think_time: bool) -> npt.NDArray[np.int64]:
-    """The worker of each row."""
-    turn = np.arange(trace.height) % workers
+def _whose(trace: pl.DataFrame, first: int, workers: int, *, think_time: bool) -> npt.NDArray[np.int64]:
+    """The worker of each row; `first` rows came before."""
+    turn = np.arange(first, first + trace.height) % workers
     if not think_time or "session_id" not in trace.columns:
         return turn
     turns = pl.DataFrame({"session": trace["session_id"], "turn": turn})
-    first = pl.when(pl.col("session").is_null()).then("turn").otherwise(pl.col("turn").first().over("session"))
-    return turns.select(first).to_series().to_numpy()
+    theirs = pl.when(pl.col("session").is_null()).then("turn").otherwise(pl.col("turn").first().over("session"))
+    return turns.select(theirs).to_series().to_numpy()
 
 
 def ramped(arrival_ns: npt.NDArray[np.int64], ramp_ns: int) -> npt.NDArray[np.int64]:

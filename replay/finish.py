@@ -1,6 +1,6 @@
 """After the last request: make each table one file, compute a simulated run's truth, judge the run."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -8,18 +8,19 @@ from typing import Any
 import polars as pl
 
 from replay import verdicts
-from replay.compaction import compact_requests
-from replay.counters import Window
+from replay.compaction import Key, Merge, compact
 from replay.engines.base import Engine
+from replay.judge import judge
 from replay.prepare import clear_helpers
 from replay.resume import end_stretch
-from replay.rundir import Run, compact, has_table, table_batches, write_manifest
-from replay.summary import ENDED, measured, rows_of, stretches
+from replay.rundir import Run, write_manifest
+from replay.summary import ENDED, rows_of
 from replay.tables import TABLES
-from tracegen.errors import RunError
 from tracegen.schema import write_parquet
 
 _SORT = {
+    "requests": ["scheduled_ns", "request_id"],
+    "warmup": ["scheduled_ns", "request_id"],
     "steps": ["instance", "step"],
     "segments": ["instance", "first_step", "request_id"],
     "arrivals": ["instance", "arrival_ns"],
@@ -27,19 +28,6 @@ _SORT = {
     "cpu_energy": ["t_ns", "domain"],
     "server_metrics": ["t_ns"],
 }
-_JUDGED = {
-    "requests": [
-        "request_id", "scheduled_ns", "sent_ns", "first_token_ns", "done_ns", "input_tokens", "output_tokens",
-        "output_tokens_wanted", "cached_tokens", "status", "http_status", "error",
-    ],
-    "trace": ["request_id", "input_tokens"],
-    "steps": ["instance", "step"],
-    "segments": ["request_id", "first_step", "last_step", "tokens_per_step"],
-    "power": [
-        "t_ns", "gpu", "power_instant_mw", "power_average_mw", "energy_mj", "sm_clock_mhz", "throttle_reasons"
-    ],
-}  # fmt: skip
-_TIMES = ["scheduled_ns", "sent_ns", "first_token_ns", "done_ns"]
 _ALIKE = ["instance", "request_id", "kind", "tokens_per_step"]
 
 
@@ -64,10 +52,8 @@ def finish_run(run_dir: Path, manifest: dict[str, Any], engine: Engine, late_ns:
     `manifest["state"]` becomes `complete`, unless it says that the run was interrupted or failed. `late_ns` are the
     event loop's delays; None where they are not known any more.
     """
-    for table in ("requests", "warmup"):
-        compact_requests(run_dir, table)
     for table in TABLES:
-        compact(run_dir, table, sort_by=_SORT.get(table, []), merge=merge_segments if table == "segments" else None)
+        compact(run_dir, table, _SORT.get(table, ()), _MERGED.get(table))
     # An engine that died took its last steps along, and with them what they truly cost.
     unwanted = manifest["state"] == "failed" or manifest["arguments"].get("truth") is False
     truth = None if unwanted else engine.truth(run_dir)
@@ -104,10 +90,12 @@ def merge_segments(segments: pl.DataFrame) -> pl.DataFrame:
     return pl.concat([merged, foreign])
 
 
-def _held_mhz(manifest: Mapping[str, Any]) -> float | None:
-    """The highest clock that a simulated GPU holds under load, MHz; None where the GPUs are real."""
-    profile = manifest["simulated_profile"]
-    return None if profile is None else float(profile["constants"]["time"]["sustained_mhz"])
+def _whole_before(segments: pl.DataFrame, before: Key) -> Key:
+    """The first of the segments that may go on in others that come, at the instance and step `before` or later."""
+    instance, step = before
+    reach = (pl.col("instance") == instance) & (pl.col("last_step").cast(pl.Int64) + 1 >= step)
+    first = segments.filter(reach & pl.col("request_id").is_not_null())["first_step"].to_numpy()
+    return min([before, *([(instance, int(first.min()))] if first.size else [])])
 
 
 def _above(name: str) -> pl.Expr:
@@ -115,47 +103,4 @@ def _above(name: str) -> pl.Expr:
     return pl.col(name).shift(1)
 
 
-def _within(column: str, windows: Sequence[Window]) -> pl.Expr:
-    """Whether a time is in one of `windows`."""
-    return pl.any_horizontal(pl.col(column).is_between(*window) for window in windows)
-
-
-def judge(run_dir: Path, manifest: dict[str, Any], late_ns: Sequence[int] | None) -> list[verdicts.Verdict]:
-    """Every verdict on the run in `run_dir`; where it was resumed and a pause would tell, on its worst stretch."""
-
-    def table(name: str) -> pl.DataFrame | None:
-        if not has_table(run_dir, name):
-            return None
-        columns = _JUDGED[name]  # and no more: of lists and texts a run can have more than fits into memory
-        batches = [TABLES[name].to_frame().select(columns), *table_batches(run_dir, name, columns)]
-        texts = pl.col(pl.String).cast(pl.Categorical)  # a few, each many times
-        return pl.concat([batch.with_columns(texts) for batch in batches])
-
-    requests, trace, power = table("requests"), table("trace"), table("power")
-    if requests is None or trace is None:
-        raise RunError(f"{run_dir}: no request was recorded")
-    windows = measured(manifest, None) or stretches(manifest, None)  # of one that ended in its warm-up, that
-    gpus, freq_mhz = manifest["gpus"], manifest["instances"][0]["freq_mhz"]
-    serving = [gpu for entry in manifest["instances"] for gpu in entry["gpus"]]
-    mine = [gpu for gpu in gpus if gpu["gpu"] in serving]
-    before, after = ([gpu.get(key, {}) for gpu in mine] for key in ("idle_power_w", "idle_power_after_w"))
-    arguments = manifest["arguments"]
-    capped = arguments["max_concurrency"] is not None or arguments["max_rate_rps"] is not None
-    during = None if power is None else power.filter(_within("t_ns", windows))
-    each = [requests.filter(_within("sent_ns", [window])) for window in windows] if len(windows) > 1 else [requests]
-    return [
-        verdicts.error_rate(
-            requests.select("status", "http_status", "error"), trace.height - rows_of(Run(run_dir, manifest), "warmup")
-        ),
-        verdicts.open_loop(arguments["max_concurrency"], arguments["max_rate_rps"]),
-        verdicts.dispatch_lag(requests),
-        verdicts.loop_stall(late_ns),
-        verdicts.clock_offset(manifest["hosts"], manifest["clock_anchors"]),
-        verdicts.lengths_exact(requests.drop(_TIMES), trace),
-        verdicts.worst([verdicts.saturated(sent, capped=capped) for sent in each]),
-        verdicts.steps_complete(table("steps"), table("segments"), requests),
-        verdicts.clocks_held(during, serving, freq_mhz, _held_mhz(manifest)),
-        verdicts.worst([verdicts.sensor_alive(power, serving, *window) for window in windows]),
-        verdicts.worst([verdicts.counter_agrees(power, serving, *window) for window in windows]),
-        verdicts.idle_measured(before, after),
-    ]
+_MERGED = {"segments": Merge(merge_segments, _whole_before)}

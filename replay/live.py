@@ -46,6 +46,7 @@ class Snapshot:
     tbt_p50_ns: float | None = None  # time between tokens
     tbt_p99_ns: float | None = None
     joules_per_token: float | None = None  # power by output rate, both over the last seconds
+    waiting: int = 0  # requests that were sent and wait for their first token
     simulated: bool = False  # of a simulated engine: what is shown says so
 
 

@@ -3,15 +3,11 @@
 import itertools
 import math
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+from urllib.parse import urlsplit
 
-import numpy as np
-import polars as pl
-
-from replay.cut import ramped
 from replay.engines.model_size import weights_mib
 from replay.engines.vllm import DEFAULT_MODEL, check_arguments, check_version, inspect_vllm, vllm_installed
 from replay.gpu.base import open_gpus
@@ -19,9 +15,10 @@ from replay.router import ROUTERS
 from replay.sim.arguments import capped, with_arguments
 from replay.sim.models import DEFAULT_MODEL as DEFAULT_SIM_MODEL
 from replay.sim.profile import DEFAULT_HARDWARE, Profile, load_profile
+from replay.source import NOTHING, Survey, TraceSource
 from tracegen.durations import NS_PER_S, format_duration
 from tracegen.errors import GpuError, ReplayError
-from tracegen.schema import TRACE, read_metadata, read_trace
+from tracegen.schema import read_metadata
 
 _VLLM_WARMUPS = 8  # one for each of the trace's octiles of input length
 OVERLONG = ("refuse", "drop", "clip")
@@ -83,7 +80,8 @@ class Plan:
     """A run that could be started: everything that does not need the server has been checked."""
 
     options: RunOptions
-    trace: pl.DataFrame
+    source: TraceSource  # of the requests that are to be sent, whatever their lengths
+    survey: Survey  # of these; of a run in virtual time nothing yet
     block_tokens: int  # of the trace's prefix hashes
     engine: str  # sim | vllm | url
     why_engine: str
@@ -106,18 +104,21 @@ class Plan:
 def make_plan(options: RunOptions) -> Plan:
     """Check `options` and fill in what they leave open. Raises a `WattraceError` for what cannot be run."""
     _check_values(options)
-    # In virtual time the trace is read in batches, while it is served.
-    trace = TRACE.to_frame() if options.virtual else _slice(read_trace(options.trace), options)
+    source = TraceSource(
+        options.trace, options.duration_ns, options.num_prompts, time_scale=options.time_scale, ramp_ns=options.ramp_ns
+    )
+    # In virtual time it is read when the model's context is known, which is before anything is started.
+    survey = NOTHING if options.virtual else source.survey()
     if not options.virtual:
-        _check_for_trace(options, trace)
-    hashed = options.virtual or "prefix_hashes" in trace.columns
+        _check_for_trace(options, survey)
+    hashed = options.virtual or source.hashed
     block_tokens = read_metadata(options.trace).get("block_tokens", 0) if hashed else 0
-    engine, why = _choose_engine(options)
-    if prioritized(trace):
+    engine, why = choose_engine(options)
+    if survey.prioritized:
         check_by_priority(engine, options)
     named = len(options.gpus or ()) // options.replicas
     profile = simulated_profile(options) if engine == "sim" else None
-    tp = options.tp or named or (_smallest_tp(profile) if profile else 1)
+    tp = options.tp or named or (smallest_tp(profile) if profile else 1)
     groups = _choose_gpus(options, engine, tp)
     _check_for_engine(options, engine, known_gpus=bool(groups[0]))
     versions: dict[str, str] = {}
@@ -132,8 +133,8 @@ def make_plan(options: RunOptions) -> Plan:
     warmups = options.num_warmups if options.num_warmups is not None else _VLLM_WARMUPS if engine == "vllm" else 0
     weights = weights_mib(model, options.vllm_args) if engine == "vllm" and model else None
     return Plan(
-        options, trace, block_tokens, engine, why, tp, groups, model, _run_dir(options, engine, tp), warmups, versions,
-        no_steps, weights, profile,
+        options, source, survey, block_tokens, engine, why, tp, groups, model, _run_dir(options, engine, tp), warmups,
+        versions, no_steps, weights, profile,
     )  # fmt: skip
 
 
@@ -144,7 +145,7 @@ def simulated_profile(options: RunOptions) -> Profile:
     return with_arguments(profile, options.vllm_args)
 
 
-def _smallest_tp(profile: Profile) -> int:
+def smallest_tp(profile: Profile) -> int:
     """The smallest tensor-parallel size that holds the model. Raises `ReplayError` when none does."""
     sizes = profile.tp_sizes()
     if not sizes:
@@ -225,6 +226,8 @@ def _check_for_engine(options: RunOptions, engine: str, *, known_gpus: bool) -> 
             raise ReplayError(f"{name} with a URL needs --gpus: which GPUs of this host serve it?")
         if asked is not None and options.power != "nvml":
             raise ReplayError(f"{name} needs --power nvml: through {options.power} GPUs can be read, not set")
+    if engine == "sim" and options.endpoint != RunOptions.endpoint:
+        raise ReplayError(f"--endpoint {options.endpoint}: the simulated engine answers completions only")
     if engine == "sim" and options.power != "nvml":
         raise ReplayError(f"--power {options.power}: a simulated engine draws simulated power only")
     if engine != "sim" and options.hardware is not None:
@@ -251,11 +254,6 @@ def _check_for_url(options: RunOptions, *, known_gpus: bool) -> None:
         raise ReplayError(f"--power {options.power} needs --gpus: which of the meter's channels are the server's?")
 
 
-def prioritized(trace: pl.DataFrame) -> bool:
-    """Whether `trace` has a priority that is not 0, the server's own default."""
-    return "priority" in trace.columns and bool((trace["priority"] != 0).any())
-
-
 def check_by_priority(engine: str, options: RunOptions) -> None:
     """Raise `ReplayError` when a trace with priorities would go to a launched server that refuses them.
 
@@ -271,24 +269,9 @@ def check_by_priority(engine: str, options: RunOptions) -> None:
         )
 
 
-def _slice(trace: pl.DataFrame, options: RunOptions) -> pl.DataFrame:
-    """The part of the trace that is to be replayed."""
-    if options.duration_ns is not None:
-        trace = trace.filter(pl.col("arrival_ns") < options.duration_ns)
-        if trace.is_empty():
-            raise ReplayError(f"{options.trace}: no request arrives within --duration; give a longer one")
-    trace = trace if options.num_prompts is None else trace.head(options.num_prompts)
-    arrival_ns = trace["arrival_ns"].to_numpy()
-    if options.time_scale != 1:
-        arrival_ns = (arrival_ns * options.time_scale).astype(np.int64)
-    if options.ramp_ns:
-        arrival_ns = ramped(arrival_ns, options.ramp_ns)
-    return trace.with_columns(pl.Series("arrival_ns", arrival_ns))
-
-
-def _check_for_trace(options: RunOptions, trace: pl.DataFrame) -> None:
-    """Raise `ReplayError` for an option that means nothing to `trace`, the part that is to be replayed."""
-    last_ns = int(trace["arrival_ns"][-1]) if trace.height else 0
+def _check_for_trace(options: RunOptions, survey: Survey) -> None:
+    """Raise `ReplayError` for an option that means nothing to the part of the trace that is to be replayed."""
+    last_ns = survey.last_ns
     if options.warmup_ns > last_ns:
         raise ReplayError(
             f"--warmup {format_duration(options.warmup_ns)}: the last request is due after {format_duration(last_ns)}, "
@@ -299,26 +282,21 @@ def _check_for_trace(options: RunOptions, trace: pl.DataFrame) -> None:
             f"--ramp {format_duration(options.ramp_ns)}: the last request is due after {format_duration(last_ns)}, "
             "before the rate is the trace's own; give a shorter one"
         )
-    if options.think_time and not _has_turns(trace):
+    if options.think_time and not survey.turns:
         raise ReplayError(
             f"{options.trace}: no request waits for another (columns parent_id and think_ns), so --think-time would "
             "change nothing; leave it out"
         )
 
 
-def _has_turns(trace: pl.DataFrame) -> bool:
-    """Whether a request of `trace` comes so long after the end of another one."""
-    if not {"parent_id", "think_ns"} <= set(trace.columns):
-        return False
-    return trace.filter(pl.col("parent_id").is_not_null() & pl.col("think_ns").is_not_null()).height > 0
-
-
-def _choose_engine(options: RunOptions) -> tuple[str, str]:
+def choose_engine(options: RunOptions) -> tuple[str, str]:
     """The engine and, for the first line of output, why."""
     asked = options.engine
     if options.virtual:
         return "sim", "virtual time, asked for with --virtual"
     if asked.startswith(("http://", "https://")):
+        if not urlsplit(asked).hostname:
+            raise ReplayError(f"--engine {asked}: names no host, such as http://localhost:8000")
         return "url", f"attached to {asked}"
     if asked == "sim":
         return "sim", "asked for with --engine sim"
@@ -366,33 +344,3 @@ def _run_dir(options: RunOptions, engine: str, tp: int) -> Path:
     base = f"{stem}-{engine}-{size}-{clock}-{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
     candidates = (Path("runs") / f"{base}{suffix}" for suffix in ("", *(f"-{i}" for i in range(2, 1000))))
     return next(path for path in candidates if not path.exists())
-
-
-def fit_lengths(trace: pl.DataFrame, max_model_len: int | None, overlong: str) -> tuple[pl.DataFrame, int]:
-    """`trace` with every request inside the model's context, and how many were dropped or clipped.
-
-    Raises `ReplayError` with `refuse` when a request is too long. `clip` shortens the input, then the output.
-    """
-    total = pl.col("input_tokens").cast(pl.Int64) + pl.col("output_tokens")
-    if max_model_len is None or not (too_long := trace.filter(total > max_model_len)).height:
-        return trace, 0
-    count = too_long.height
-    if overlong == "drop" and count < trace.height:
-        return trace.filter(total <= max_model_len), count
-    if overlong == "clip":
-        output = pl.min_horizontal(pl.col("output_tokens"), pl.lit(max_model_len - 1, pl.UInt32))
-        input_ = pl.min_horizontal(pl.col("input_tokens"), (max_model_len - output).cast(pl.UInt32))
-        return trace.with_columns(input_.alias("input_tokens"), output.alias("output_tokens")), count
-    raise too_long_error(too_long.row(0, named=True), count, trace.height, max_model_len, overlong)
-
-
-def too_long_error(
-    first: Mapping[str, int], count: int, requests: int, max_model_len: int, overlong: str
-) -> ReplayError:
-    """What to say where `count` of `requests` are beyond `max_model_len` tokens, the trace's row `first` before all."""
-    if overlong == "drop":
-        return ReplayError(f"every request is longer than the model's {max_model_len} tokens; nothing is left to send")
-    return ReplayError(
-        f"{count:,} of {requests:,} requests are longer than the model's {max_model_len} tokens (request_id "
-        f"{first['request_id']}: {first['input_tokens']} + {first['output_tokens']}); use --overlong drop or clip"
-    )

@@ -14,13 +14,16 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import polars as pl
+
 from replay.clock import NS_PER_S, now_ns
 from replay.engines.attach import AttachedEngine
 from replay.engines.base import Engine, Served
+from replay.engines.kept import KeptServers
 from replay.engines.process import check_port, free_port
 from replay.engines.vllm import VllmEngine, VllmLaunch
 from replay.gpu.base import Gpus, PowerSource, open_gpus, open_power
-from replay.gpu.baseline import idle_power_w
+from replay.gpu.baseline import POWER_READ, idle_power_w
 from replay.gpu.occupancy import check_free, check_whole
 from replay.gpu.sampler import Sampler
 from replay.gpu.sensor_profiles import known_sensors
@@ -28,7 +31,7 @@ from replay.gpu.settings import GpuSettings, check_power_cap, nearest_clock
 from replay.live import Progress
 from replay.manifest import host
 from replay.plan import Plan
-from replay.rundir import scan_table, write_manifest
+from replay.rundir import table_batches, write_manifest
 from replay.steplog import StepFollower
 from replay.summary import measured
 from replay.warmup import warm_up
@@ -41,8 +44,8 @@ if TYPE_CHECKING:  # the simulator's compiled loops take 70 MiB, which a real en
 
 _SETTLE_NS = NS_PER_S // 2  # between the last work and the idle baseline
 _REDRAW_S = 0.25
-_BOARD = ".board"  # the simulated driver's file, for as long as the run lasts
-_STEP_LOGS = ".steps"  # the step recorders' logs, likewise
+BOARD = ".board"  # the simulated driver's file, for as long as the run lasts
+STEP_LOGS = ".steps"  # the step recorders' logs, likewise
 
 
 @dataclass
@@ -56,6 +59,7 @@ class Prepared:
     sampler: Sampler | None = None
     settings: GpuSettings | None = None
     locked_mhz: int | None = None
+    servers: KeptServers | None = None  # that outlast the run: those of a sweep
     # Of a run that goes on: where each instance's steps' numbers begin, and what a simulated node's counters showed.
     first_steps: Mapping[int, int] = field(default_factory=dict)
     counters: Mapping[int, tuple[int, int]] = field(default_factory=dict)
@@ -66,13 +70,16 @@ async def prepare(plan: Plan, prepared: Prepared, stack: AsyncExitStack, progres
 
     Raises a `WattraceError` with what is wrong and what to do.
     """
-    ports = _ports(plan)
+    kept, home = prepared.servers, _home(plan, prepared)
+    ports = [0] * len(plan.groups) if kept is not None and kept.started else _ports(plan)
     hardware = _hardware(plan)
     uuids = await _prepare_gpus(plan, prepared, hardware, stack, progress)
     for number, group in enumerate(plan.groups):
         ids = [uuids[gpu] for gpu in group] if uuids else []
         first_step = prepared.first_steps.get(number, 0)
-        engine = _make_engine(plan, number, hardware, ports[number], ids, first_step, progress)
+        engine = _make_engine(plan, number, hardware, ports[number], ids, first_step, progress, home)
+        if kept is not None:
+            engine = kept.lend(number, engine, plan.run_dir)
         prepared.manifest["instances"][number]["command"] = engine.command
         prepared.engines.append(engine)
         await stack.enter_async_context(engine)
@@ -97,7 +104,12 @@ def _hardware(plan: Plan) -> "Hardware | None":
 
 def idle_engine(plan: Plan, progress: Progress) -> Engine:
     """The plan's first engine, which is not to be started: what it has served is on record."""
-    return _make_engine(plan, 0, _hardware(plan), 0, [], 0, progress)
+    return _make_engine(plan, 0, _hardware(plan), 0, [], 0, progress, plan.run_dir)
+
+
+def _home(plan: Plan, prepared: Prepared) -> Path:
+    """Where what lasts as long as the servers is kept: their logs, a simulated driver's file."""
+    return plan.run_dir if prepared.servers is None else prepared.servers.folder
 
 
 def _ports(plan: Plan) -> list[int]:
@@ -150,11 +162,13 @@ async def _prepare_gpus(
 def _gpu_spec(plan: Plan, prepared: Prepared, hardware: "Hardware | None", stack: AsyncExitStack) -> str | None:
     """Where the GPUs are found, as `open_gpus` takes it; None where they are not known."""
     if hardware is not None:
-        board = plan.run_dir / _BOARD
+        board = _home(plan, prepared) / BOARD
         from replay.gpu.sim import SimBoard
 
-        SimBoard.create(board, hardware.profile, seed=plan.options.seed, counters=prepared.counters).close()
-        stack.callback(board.unlink, missing_ok=True)
+        if prepared.servers is None or not prepared.servers.started:
+            SimBoard.create(board, hardware.profile, seed=plan.options.seed, counters=prepared.counters).close()
+        if prepared.servers is None:
+            stack.callback(board.unlink, missing_ok=True)
         return f"sim:{board}"
     return "nvml" if plan.gpus else None
 
@@ -199,7 +213,7 @@ def check_settings(plan: Plan, prepared: Prepared, gpus: Gpus, progress: Progres
     check_whole(gpus, plan.gpus)
     if (driver := gpus.driver_version()) is not None:
         prepared.manifest["versions"]["nvidia driver"] = driver
-    if plan.engine == "vllm":
+    if plan.engine == "vllm" and not (prepared.servers and prepared.servers.started):  # it would be our own server
         needs = None if plan.weights_mib is None else plan.weights_mib / plan.tp
         warnings = check_free(gpus, plan.gpus, options.allow_busy, needs)
         if warnings:
@@ -228,20 +242,21 @@ def _make_engine(
     uuids: Sequence[str],
     first_step: int,
     progress: Progress,
+    home: Path,
 ) -> Engine:
-    """The engine that instance `number` of the plan is, not yet started."""
+    """The engine that instance `number` of the plan is, not yet started; its log goes to `home`."""
     options, run_dir = plan.options, plan.run_dir
-    log = run_dir / ("server.log" if number == 0 else f"server-{number}.log")
+    log = home / ("server.log" if number == 0 else f"server-{number}.log")
     if hardware is not None:
         from replay.engines.sim import SimEngine
 
         return SimEngine(
-            hardware, plan.groups[number], plan.model or "", port, run_dir / _BOARD, run_dir, number, log,
+            hardware, plan.groups[number], plan.model or "", port, home / BOARD, run_dir, number, log,
             options.ready_timeout_s, progress.status, vllm_args=options.vllm_args, power_cap_w=options.power_cap_w,
-            first_step=first_step,
+            first_step=first_step, record_root=None if home == run_dir else run_dir.parent,
         )  # fmt: skip
     if plan.engine == "vllm":
-        steps = None if plan.no_steps else run_dir / _STEP_LOGS / str(number)
+        steps = None if plan.no_steps else home / STEP_LOGS / str(number)
         launch = VllmLaunch(
             plan.model or "", plan.tp, tuple(uuids), port, options.vllm_python, options.vllm_args, log, steps
         )
@@ -251,7 +266,8 @@ def _make_engine(
 
 async def _follow_steps(plan: Plan, prepared: Prepared, stack: AsyncExitStack, progress: Progress) -> None:
     """Start to write the steps that vLLM's recorders log; say why where there are none."""
-    since_ns = 0 if plan.engine == "vllm" else now_ns()
+    fresh = plan.engine == "vllm" and (prepared.servers is None or prepared.servers.runs < 2)
+    since_ns = 0 if fresh else now_ns()
     reasons = [plan.no_steps] if plan.engine == "vllm" and plan.no_steps else []
     if plan.engine == "url" and plan.options.steps is None:
         reasons.append("the server was not asked for them; see 'replay vllm-args'")
@@ -312,7 +328,8 @@ async def measure_idle(plan: Plan, prepared: Prepared, progress: Progress, when:
         progress.status(f"measuring idle power {when} the run ({math.ceil(left_ns / NS_PER_S)} s)")
         await asyncio.sleep(min(_REDRAW_S, left_ns / NS_PER_S))
     await sampler.written_until(end_ns)
-    power = scan_table(plan.run_dir, "power").collect()
+    window = pl.col("t_ns").is_between(start_ns, end_ns)
+    power = pl.concat([rows.filter(window) for rows in table_batches(plan.run_dir, "power", POWER_READ)])
     key = {"before": "idle_power_w", "after": "idle_power_after_w"}[when]
     for entry in prepared.manifest["gpus"]:
         entry[key] = idle_power_w(power, entry["gpu"], start_ns, end_ns)
@@ -321,5 +338,5 @@ async def measure_idle(plan: Plan, prepared: Prepared, progress: Progress, when:
 
 def clear_helpers(run_dir: Path) -> None:
     """Remove the recorders' logs, for what they say is in the tables, and a board that a kill left."""
-    shutil.rmtree(run_dir / _STEP_LOGS, ignore_errors=True)
-    (run_dir / _BOARD).unlink(missing_ok=True)
+    shutil.rmtree(run_dir / STEP_LOGS, ignore_errors=True)
+    (run_dir / BOARD).unlink(missing_ok=True)

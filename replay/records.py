@@ -193,10 +193,10 @@ def _clear(run_dir: Path) -> None:
         shutil.rmtree(run_dir / folder, ignore_errors=True)
 
 
-def check_space(run_dir: Path, trace: pl.DataFrame, *, save_chunks: bool) -> None:
-    """Raise `ReplayError` when the records of `trace` will not fit beside what is on the disk."""
-    tokens = int(trace["output_tokens"].cast(pl.Int64).sum()) if save_chunks else 0
-    need = _COPIES * (trace.height * _ROW_BYTES + tokens * _TOKEN_BYTES) + _SPARE_BYTES
+def check_space(run_dir: Path, requests: int, output_tokens: int, *, save_chunks: bool) -> None:
+    """Raise `ReplayError` when the records of `requests` will not fit beside what is on the disk."""
+    tokens = output_tokens if save_chunks else 0
+    need = _COPIES * (requests * _ROW_BYTES + tokens * _TOKEN_BYTES) + _SPARE_BYTES
     there = next(path for path in [run_dir.absolute(), *run_dir.absolute().parents] if path.exists())
     free = shutil.disk_usage(there).free
     if need > free:

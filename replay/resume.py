@@ -2,7 +2,7 @@
 
 Tables of the stretches before stay where they are, as parts with names of their own, so the directory can be read at
 any moment and those who write parts begin anew. Times of all stretches are of one clock, which is why a run cannot go
-on after its machine was booted again.
+on after its machine was booted again; one that had all its answers can be finished.
 """
 
 import os
@@ -13,6 +13,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import polars as pl
 
 from replay.again import OPTIONS, find_trace, options_of
@@ -21,11 +23,12 @@ from replay.hold import hold
 from replay.plan import RunOptions
 from replay.records import recover
 from replay.rundir import Run, read_manifest
-from replay.summary import last_on_record, not_begun, stretches
-from replay.tables import REQUESTS, TABLES
+from replay.source import Survey, TraceSource
+from replay.summary import last_on_record, not_begun, rows_of, stretches
+from replay.tables import TABLES
 from tracegen.console import plural
 from tracegen.errors import ReplayError
-from tracegen.schema import read_trace, write_parquet
+from tracegen.schema import write_parquet
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 # What a run that has ended says of its end.
@@ -94,15 +97,26 @@ def _check(run_dir: Path, manifest: Mapping[str, Any]) -> None:
         raise ReplayError(f"{run_dir}: a run in virtual time does not go on; repeat it, it takes minutes")
     if not manifest.get("stretches") or not (run_dir / "trace.parquet").is_file():
         raise ReplayError(f"{run_dir}: no request was due yet (state: {manifest['state']}); begin another run")
-    before, now = manifest["stretches"][-1]["boot_id"], boot_id()
-    if before is None or before != now:
-        raise ReplayError(
-            f"{run_dir}: this is another machine, or it was booted since the run was cut short; times of both cannot "
-            "be put together, so begin another run"
-        )
+    if manifest["state"] != "finishing" and _booted_since(manifest):  # to finish a run takes no clock
+        raise _other_clock(run_dir)
+
+
+def _booted_since(manifest: Mapping[str, Any]) -> bool:
+    """Whether the machine was booted since a run was cut short, or is another, as far as can be told."""
+    before = manifest["stretches"][-1]["boot_id"]
+    return before is None or before != boot_id()
+
+
+def _other_clock(run_dir: Path) -> ReplayError:
+    """The refusal to send more of a run after another boot."""
+    return ReplayError(
+        f"{run_dir}: this is another machine, or it was booted since the run was cut short; times of both cannot "
+        "be put together, so begin another run"
+    )
 
 
 UNANSWERED = ("aborted", "connect_error")  # statuses of requests that are sent again
+_NONE = np.zeros(0, np.uint64)
 RECORDED = ("requests", "warmup")  # the tables that have the records of requests
 
 
@@ -111,7 +125,8 @@ class TakenUp:
     """A run that goes on."""
 
     manifest: dict[str, Any]  # as it was left, its stretches closed
-    remaining: pl.DataFrame  # of the trace, in order
+    source: TraceSource  # of the requests that remain
+    remaining: Survey  # of these
     recorded: int  # requests that are on record and stay so
     unanswered: int  # of those that remain, how many were on record: aborted, or the server was not there
     first_steps: dict[int, int]  # of each instance, the number of its next step
@@ -135,11 +150,11 @@ class TakenUp:
     @property
     def news(self) -> str:
         """What is left, for the first line."""
-        if self.remaining.is_empty():
+        if not self.remaining.requests:
             all_ = plural(self.recorded, "request")
             return f"all {all_} on record: what is left is to put the tables together and to judge the run"
         again = f", {self.unanswered:,} of them sent before and not answered" if self.unanswered else ""
-        return f"going on: {plural(self.recorded, 'request')} on record, {self.remaining.height:,} left{again}"
+        return f"going on: {plural(self.recorded, 'request')} on record, {self.remaining.requests:,} left{again}"
 
 
 def take_up(run_dir: Path) -> TakenUp:
@@ -152,26 +167,35 @@ def take_up(run_dir: Path) -> TakenUp:
     _restore(run_dir)
     recover(run_dir)
     run = Run.open(run_dir)
-    trace = read_trace(run_dir / "trace.parquet")
-    columns = ["request_id", "status"]
-    records = [run.scan(table, columns).collect() for table in RECORDED if run.has(table)]
-    record = pl.concat([REQUESTS.to_frame().select(columns), *records])
-    ended = record.filter(~pl.col("status").is_in(UNANSWERED))["request_id"]
-    remaining = trace.filter(~pl.col("request_id").is_in(ended.implode()))
-    if remaining.is_empty() and run.manifest["verdicts"]:
+    booted = _booted_since(run.manifest)  # then what is on record is final
+    resent = pl.lit(value=False) if booted else pl.col("status").is_in(UNANSWERED)
+    source = TraceSource(run_dir / "trace.parquet", without=_ended(run, resent))
+    remaining, planned = source.survey(), rows_of(run, "trace")
+    if booted and remaining.requests:
+        raise _other_clock(run_dir)
+    if not remaining.requests and run.manifest["verdicts"]:
         why = "" if run.manifest["state"] == "complete" else "; its tables can be read as they are"
-        raise ReplayError(f"{run_dir}: nothing is left to send: all {trace.height:,} requests are on record{why}")
+        raise ReplayError(f"{run_dir}: nothing is left to send: all {planned:,} requests are on record{why}")
     manifest = {**run.manifest, "stretches": closed(run)}
     first_steps, counters = _next_steps(run), _last_counters(run)
     for table in TABLES:
         if table not in {"trace", "truth"}:
             _set_aside(run_dir, table)
     (run_dir / "truth.parquet").unlink(missing_ok=True)  # of a run that had ended: it is computed anew
-    again = remaining["request_id"].implode()
-    unanswered = sum(_rewrite(run_dir, table, pl.col("status").is_in(UNANSWERED), drop=True) for table in RECORDED)
+    again = pl.Series(
+        np.concatenate([_NONE, *(batch["request_id"].to_numpy() for batch in source.batches())])
+    ).implode()
+    unanswered = sum(_rewrite(run_dir, table, resent, drop=True) for table in RECORDED)
     for table in ("segments", "arrivals"):
         _rewrite(run_dir, table, pl.col("request_id").is_in(again), drop=False)
-    return TakenUp(manifest, remaining, trace.height - remaining.height, unanswered, first_steps, counters)
+    return TakenUp(manifest, source, remaining, planned - remaining.requests, unanswered, first_steps, counters)
+
+
+def _ended(run: Run, resent: pl.Expr) -> npt.NDArray[np.uint64]:
+    """The ids of requests on record but for those that are `resent`, in order: 8 bytes of each are held."""
+    tables = [run.batches(table, ["request_id", "status"]) for table in RECORDED if run.has(table)]
+    ids = [rows.filter(~resent)["request_id"].to_numpy() for batches in tables for rows in batches]
+    return np.sort(np.concatenate([_NONE, *ids]))
 
 
 def begin_stretch(manifest: dict[str, Any], start_ns: int, warm_ns: int = 0) -> int:

@@ -27,7 +27,7 @@ class Router:
         self._rows += trace.height
         if self._rule == "least-loaded":
             return np.full(trace.height, LEAST_LOADED)
-        if self._rule == "round-robin" or "session_id" not in trace.columns:
+        if self._rule == "round-robin" or self._instances == 1 or "session_id" not in trace.columns:
             return turn
         turns = pl.DataFrame({"session": trace["session_id"], "turn": turn})
         for session, first in turns.drop_nulls().unique("session", keep="first", maintain_order=True).iter_rows():

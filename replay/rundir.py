@@ -1,13 +1,12 @@
 """The run directory: its tables and manifest, written part by part, readable at any moment.
 
-While a run goes on a table is a folder `NAME.parquet/part-*.parquet`; `compact` makes it one file at the end.
-A reader sees the same rows either way. Of `replay`, `analysis` sees this module and `replay.tables`.
+While a run goes on a table is a folder `NAME.parquet/part-*.parquet`; `replay.compaction` makes it one file at the
+end. A reader sees the same rows either way. Of `replay`, `analysis` sees this module and `replay.tables`.
 """
 
 import json
 import os
-import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -84,6 +83,13 @@ def table_batches(run_dir: Path, table: str, columns: Sequence[str]) -> Iterator
             for number in range(file.num_row_groups):  # who wrote them knew how large rows are
                 for rows in file.iter_batches(_BATCH_ROWS, [number], columns):
                     yield _checked(pa.Table.from_batches([rows]), table, part, needed)
+
+
+def read_rows(path: Path, table: str, number: int) -> Iterator[pl.DataFrame]:
+    """All columns of one row group of a file of `table`, some rows at a time. Raises `RunError` as the others do."""
+    with _reading(path, table), pq.ParquetFile(path, page_checksum_verification=True) as file:
+        for rows in file.iter_batches(_BATCH_ROWS, [number]):
+            yield _checked(pa.Table.from_batches([rows]), table, path, None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -181,34 +187,6 @@ def _whole(part: Path) -> bool:
         size = file.seek(0, os.SEEK_END)
         file.seek(max(size - len(_MAGIC), 0))
         return file.read() == _MAGIC
-
-
-def compact(
-    run_dir: Path,
-    table: str,
-    *,
-    sort_by: Sequence[str] = (),
-    merge: Callable[[pl.DataFrame], pl.DataFrame] | None = None,
-) -> None:
-    """Make a table's parts one file, passed through `merge` and sorted by `sort_by` where given.
-
-    A folder without parts becomes an empty table; a table that is one file already, or is not there, stays as it is.
-    """
-    folder = run_dir / f"{table}.parquet"
-    if not folder.is_dir():
-        return
-    frame = scan_table(run_dir, table).collect() if has_table(run_dir, table) else TABLES[table].to_frame()
-    if merge is not None:
-        frame = merge(frame)
-    if sort_by:
-        frame = frame.sort(sort_by, maintain_order=True)
-    # A folder and a file cannot share a name: write the file beside it, move the folder away, then rename.
-    whole = run_dir / f".{table}.whole.parquet"
-    write_parquet(frame.to_arrow(compat_level=pl.CompatLevel.oldest()), whole)
-    aside = run_dir / f".{table}.parts"
-    folder.rename(aside)
-    whole.replace(folder)
-    shutil.rmtree(aside)
 
 
 def write_manifest(run_dir: Path, manifest: Mapping[str, Any]) -> None:

@@ -9,9 +9,9 @@ import contextlib
 import os
 import shutil
 import signal
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -20,26 +20,29 @@ import aiohttp
 import polars as pl
 
 from replay.clock import NS_PER_S, now_ns
-from replay.cut import check_descriptors, cut, worker_count
+from replay.cut import Due, check_descriptors, cut, worker_count
 from replay.engines.attach import bearer
 from replay.engines.base import Engine
+from replay.engines.kept import KeptServers
 from replay.finish import finish_killed, finish_run
 from replay.hold import hold
 from replay.live import Progress
 from replay.manifest import anchor, first_manifest, host
 from replay.metrics import scrape
-from replay.plan import Plan, RunOptions, fit_lengths, make_plan
+from replay.plan import Plan, RunOptions, make_plan
 from replay.prepare import Prepared, clear_helpers, idle_engine, measure_idle, prepare, run_prefix, settle
 from replay.records import RecordStore, check_space, reserve, sent_again_early
 from replay.resume import TakenUp, begin_stretch, end_stretch, resumed_options, take_up
 from replay.router import Router
 from replay.rundir import MANIFEST, write_manifest
+from replay.source import Survey, TraceSource
 from replay.watchers import background, show, warn_of_gpus, warn_of_server
 from replay.workers import LoadWorkers, yielding
 from replay.workload import Config, plain_http, through_proxies
 from tracegen.console import note, plural
 from tracegen.errors import ReplayError, WattraceError
-from tracegen.schema import read_metadata, write_trace
+from tracegen.schema import read_metadata
+from tracegen.writer import TraceWriter
 
 _LEAD_NS = NS_PER_S // 2  # between the decision to start and the first scheduled time
 _WATCH_S = 0.25
@@ -51,13 +54,14 @@ class _State:
     """What is known of the run so far."""
 
     prepared: Prepared
-    trace: pl.DataFrame
+    survey: Survey  # of what is sent
     cancel: asyncio.Task[Any] | None = None  # what the first Ctrl-C cancels
     interrupted: bool = False
     engine_died: bool = False
     failure: Exception | None = None  # what ended the run, beside an interruption or the engine's death
     late_ns: Sequence[int] = ()
     taken: TakenUp | None = None  # the run that goes on
+    due: Due = field(default_factory=lambda: Due(0))
 
     @property
     def manifest(self) -> dict[str, Any]:
@@ -65,8 +69,10 @@ class _State:
         return self.prepared.manifest
 
 
-async def run(options: RunOptions, progress: Progress) -> Path:
+async def run(options: RunOptions, progress: Progress, servers: KeptServers | None = None) -> Path:
     """Replay `options.trace` and return the run directory.
+
+    `servers` are started by the first run that they are given to, and go on after it.
 
     Raises a `WattraceError` when the run cannot be started, `KeyboardInterrupt` when a signal ends it before that; a
     run that was started is always written, and says in its manifest how it ended (`complete`, `interrupted` or
@@ -78,7 +84,9 @@ async def run(options: RunOptions, progress: Progress) -> Path:
             progress.say(f"{options.output}: was killed before a request was due; it begins anew")
     plan = await asyncio.to_thread(make_plan, options)
     _check_load(plan)
-    state = _State(Prepared(first_manifest(plan, os.urandom(8).hex())), plan.trace, asyncio.current_task())
+    state = _State(
+        Prepared(first_manifest(plan, os.urandom(8).hex()), servers=servers), plan.survey, asyncio.current_task()
+    )
     if plan.profile is not None:
         progress.say(f"SIMULATED: {plan.why_engine}; power, step times and GPUs are computed: {plan.profile.name}")
         for line in plan.profile.assumed:
@@ -90,16 +98,14 @@ async def run(options: RunOptions, progress: Progress) -> Path:
         if options.resume is not None:
             state.taken = taken = await asyncio.to_thread(take_up, plan.run_dir)
             progress.say(taken.news)
-            if taken.remaining.is_empty():
+            if not taken.remaining.requests:
                 await asyncio.to_thread(finish_killed, plan.run_dir, taken.manifest, idle_engine(plan, progress))
                 return plan.run_dir
             fresh = taken.goes_on(state.manifest)
             state.prepared = Prepared(fresh, first_steps=taken.first_steps, counters=taken.counters)
         write_manifest(plan.run_dir, state.manifest)
-        run_dir, carrying_out = plan.run_dir, _carry_out(plan, state, progress, keep_folder=not made)
-        del plan  # and with it, once it has been cut, the trace
-        await carrying_out
-    return run_dir
+        await _carry_out(plan, state, progress, keep_folder=not made)
+    return plan.run_dir
 
 
 async def _carry_out(plan: Plan, state: _State, progress: Progress, *, keep_folder: bool) -> None:
@@ -114,7 +120,6 @@ async def _carry_out(plan: Plan, state: _State, progress: Progress, *, keep_fold
                 if state.taken is not None:
                     state.taken.keep_idle(state.manifest)
                 workers = await stack.enter_async_context(LoadWorkers(_cut(plan, state)))
-                plan = _forget_trace(plan, state)
                 started = True
                 await _measure(plan, state, workers, progress)
             # The servers, the sampler and who follows the steps have ended: all tables are written.
@@ -212,15 +217,18 @@ def _salt(state: _State) -> int:
 def _fit(plan: Plan, state: _State, progress: Progress) -> None:
     """Fit the trace to the model that answered, and write what will be replayed."""
     if state.taken is not None:  # its trace was fitted when it was begun
-        state.trace = state.taken.remaining
+        state.survey = state.taken.remaining
         return
-    limit = state.prepared.served[0].max_model_len
-    state.trace, changed = fit_lengths(plan.trace, limit, plan.options.overlong)
-    if changed:
-        done = {"drop": "dropped", "clip": "clipped"}[plan.options.overlong]
+    limit, source = state.prepared.served[0].max_model_len, plan.source
+    if limit is not None and plan.survey.longest_tokens > limit:
+        source = replace(source, max_model_len=limit, overlong=plan.options.overlong)
+        state.survey = source.survey()
+        done, changed = {"drop": "dropped", "clip": "clipped"}[source.overlong], state.survey.changed
         progress.say(f"{done} {plural(changed, 'request')} longer than the model's {limit} tokens")
-        state.manifest["overlong"] = {"rule": plan.options.overlong, "requests": changed}
-    write_trace(state.trace, plan.run_dir / "trace.parquet", read_metadata(plan.options.trace))
+        state.manifest["overlong"] = {"rule": source.overlong, "requests": changed}
+    with TraceWriter(plan.run_dir / "trace.parquet", read_metadata(plan.options.trace)) as writer:
+        for batch in source.batches():
+            writer.write(batch)
     write_manifest(plan.run_dir, state.manifest)
 
 
@@ -249,8 +257,8 @@ def _check_load(plan: Plan) -> None:
             "leave --workers out"
         )
     fast = plan.engine != "url" or plain_http(options.engine)
-    check_descriptors(plan.trace, _worker_count(plan, plan.trace, fast=fast), options.max_concurrency)
-    check_space(plan.run_dir, plan.trace, save_chunks=options.save_chunks)
+    check_descriptors(plan.survey.load, _worker_count(plan, plan.survey, fast=fast), options.max_concurrency)
+    check_space(plan.run_dir, plan.survey.requests, plan.survey.output_tokens, save_chunks=options.save_chunks)
 
 
 def _in_one_place(options: RunOptions) -> bool:
@@ -259,17 +267,17 @@ def _in_one_place(options: RunOptions) -> bool:
     return caps or options.router == "least-loaded"
 
 
-def _worker_count(plan: Plan, trace: pl.DataFrame, *, fast: bool) -> int:
-    return worker_count(trace, fast=fast, one=_in_one_place(plan.options), asked=plan.options.workers)
+def _worker_count(plan: Plan, survey: Survey, *, fast: bool) -> int:
+    return worker_count(survey.load, fast=fast, one=_in_one_place(plan.options), asked=plan.options.workers)
 
 
 def _cut(plan: Plan, state: _State) -> list[Config]:
     """Cut the trace into shards; what each load worker is told."""
-    options, served, trace = plan.options, state.prepared.served, state.trace
+    options, served = plan.options, state.prepared.served
     fast = all(plain_http(server.base_url) for server in served)
-    workers = _worker_count(plan, trace, fast=fast)
-    routes = Router(options.router, len(served)).assign(trace)
-    cut(trace, routes, workers, plan.run_dir, think_time=options.think_time)
+    workers = _worker_count(plan, state.survey, fast=fast)
+    route = Router(options.router, len(served)).assign
+    cut(_sent(plan, state), route, workers, plan.run_dir, think_time=options.think_time)
     reserve(plan.run_dir)
     state.manifest["workers"] = [{"worker": number, "host": host()} for number in range(workers)]
     return [
@@ -296,12 +304,13 @@ def _cut(plan: Plan, state: _State) -> list[Config]:
     ]
 
 
-def _forget_trace(plan: Plan, state: _State) -> Plan:
-    """Keep of the trace that has been cut when requests are due, which is what the live figures need."""
-    state.trace = state.trace.select("arrival_ns")
-    if state.taken is not None:
-        state.taken = replace(state.taken, remaining=state.trace)
-    return replace(plan, trace=state.trace)
+def _sent(plan: Plan, state: _State) -> Iterator[pl.DataFrame]:
+    """What is sent, some rows at a time; afterwards it is known how much is due when."""
+    source = TraceSource(plan.run_dir / "trace.parquet") if state.taken is None else state.taken.source
+    state.due = Due(state.survey.last_ns)
+    for batch in source.batches():
+        state.due.add(batch["arrival_ns"].to_numpy())
+        yield batch
 
 
 async def _measure(plan: Plan, state: _State, workers: LoadWorkers, progress: Progress) -> None:
@@ -309,11 +318,11 @@ async def _measure(plan: Plan, state: _State, workers: LoadWorkers, progress: Pr
     options, prepared = plan.options, state.prepared
     start_ns = now_ns() + _LEAD_NS
     # What is left of a run is due at once, at its own distances.
-    epoch_ns = start_ns - (0 if state.taken is None else state.trace["arrival_ns"][0])
+    epoch_ns = start_ns - (0 if state.taken is None else state.survey.first_ns)
     measure_ns = begin_stretch(state.manifest, start_ns, epoch_ns + options.warmup_ns)
     early = sent_again_early(plan.run_dir, state.manifest)
     store = RecordStore(plan.run_dir, save_chunks=options.save_chunks, measure_start_ns=measure_ns, early=early)
-    arrival_ns, simulated = state.trace["arrival_ns"].to_numpy(), state.manifest["engine"] == "simulated"
+    simulated = state.manifest["engine"] == "simulated"
     state.manifest["clock_anchors"].append(anchor())
     write_manifest(plan.run_dir, state.manifest)
     workers.begin(epoch_ns)
@@ -326,7 +335,7 @@ async def _measure(plan: Plan, state: _State, workers: LoadWorkers, progress: Pr
             store.store_forever(),
             *(scrape(session, s.base_url, plan.run_dir, i) for i, s in enumerate(prepared.served)),
             _watch(prepared.engines, sending, state),
-            show(epoch_ns, arrival_ns, plan.gpus, workers, prepared.sampler, progress, simulated=simulated),
+            show(epoch_ns, state.due, plan.gpus, workers, prepared.sampler, progress, simulated=simulated),
             warn_of_gpus(prepared.sampler, plan.gpus, prepared.locked_mhz, progress),
             warn_of_server(workers, progress),
         ]
@@ -377,7 +386,7 @@ def _note_end(state: _State, workers: LoadWorkers, progress: Progress) -> None:
         "state": "finishing" if whole else "interrupted" if state.interrupted else "failed",
         **end_stretch(state.manifest, now_ns()),
         "requests": {
-            "planned": state.trace.height + before,
+            "planned": state.survey.requests + before,
             "sent": workers.total("sent") + before,
             "ended": workers.total("ended") + before,
         },

@@ -25,7 +25,7 @@ def lines(summary: dict[str, Any]) -> list[str]:
     ]
     if s["warmup_s"]:
         sent = plural(s["warmup_requests"], "request")
-        result.append(f"warmup  {sent} due in the first {s['warmup_s']:g} s, in none of the figures")
+        result.append(f"warmup  {sent} due in the first {s['warmup_s']:g} s, in none of the figures{_held_back(s)}")
     if s["failure"]:
         result.append(f"failed  {s['failure']}")
     result += [
@@ -68,6 +68,12 @@ def _clock(s: dict[str, Any]) -> str:
 
 def _paused(s: dict[str, Any]) -> str:
     return f", {s['paused_s']:.1f} s of them paused" if s["paused_s"] else ""
+
+
+def _held_back(s: dict[str, Any]) -> str:
+    """How much of the measured time went to the warm-up's own requests, where a cap sent them late."""
+    count = s["warmup_held_back"]
+    return f"; the cap sent {count:,} of them only after it, before those that are measured" if count else ""
 
 
 def _statuses(s: dict[str, Any]) -> str:

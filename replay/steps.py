@@ -97,20 +97,33 @@ class StepWriter:
         `extra`: columns of this engine's own. Raises `ReplayError` when `run_dir` cannot be written, or has steps of
         this instance already: they would be written over.
         """
-        prefix = part_prefix(instance)
-        if any(run_dir.glob(f"steps.parquet/{prefix}-*")):
-            raise ReplayError(f"{run_dir} already has steps of instance {instance}; record into another directory")
-        self._run_dir, self._prefix, self._instance = run_dir, prefix, instance
+        self._prefix, self._instance = part_prefix(instance), instance
         self._schema = pl.Schema({**STEPS, **(extra or {})})
+        self.move(run_dir)
+
+    def move(self, run_dir: Path | None) -> None:
+        """Write into `run_dir` from now on, with steps from 0, for another run; None: nowhere.
+
+        What was recorded and not written is lost. Raises `ReplayError` as for a new writer.
+        """
+        self._rows = Rows([], [], [])
+        self._open: dict[EngineRequest, _Segment] = {}
+        self._step = 0
+        self._run_dir = run_dir
+        self._writers: dict[str, PartWriter] = {}
+        if run_dir is None:
+            return
+        if any(run_dir.glob(f"steps.parquet/{self._prefix}-*")):
+            raise ReplayError(
+                f"{run_dir} already has steps of instance {self._instance}; record into another directory"
+            )
         try:
-            self._writers = {name: PartWriter(run_dir, name, prefix=prefix) for name in ("steps", "segments")}
+            for name in ("steps", "segments"):
+                self._writers[name] = PartWriter(run_dir, name, prefix=self._prefix)
         except OSError as error:
             raise ReplayError(
                 f"{run_dir} cannot be written ({error.strerror}); record into another directory"
             ) from None
-        self._rows = Rows([], [], [])
-        self._open: dict[EngineRequest, _Segment] = {}
-        self._step = 0
 
     def add(
         self,
@@ -153,6 +166,8 @@ class StepWriter:
 
     def write(self, rows: Rows) -> None:
         """Write `rows` as the tables' next parts; runs in a thread while `add` goes on."""
+        if self._run_dir is None:
+            return
         self._writers["steps"].append(pl.DataFrame(rows.steps, schema=self._schema, orient="row"))
         columns = {name: [getattr(s, name) for s in rows.segments] for name in SEGMENTS if name != "instance"}
         segments = pl.DataFrame({"instance": [self._instance] * len(rows.segments), **columns}, schema=SEGMENTS)

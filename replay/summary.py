@@ -31,7 +31,8 @@ ANSWERED = ("ok", "length_mismatch")  # one of another length was answered too: 
 def summarize(run_dir: Path) -> dict[str, Any]:
     """Counts, latencies in ms, power in W and energy in J of the run in `run_dir`; None where nothing was measured.
 
-    Of requests that were due in the warm-up there is a count only. Latencies and tokens are of `ANSWERED` requests.
+    Of requests that were due in the warm-up there is a count only, and of those that a cap held back until after it.
+    Latencies and tokens are of `ANSWERED` requests.
     A run that was killed or still goes on has no verdicts yet; its window ends with the last that is on record. Rates
     and mean power are over the time that it was measured, without pauses (`paused_s`) of one that was resumed.
     Raises `RunError` where `run_dir` has no run that `replay` made, or a table that cannot be read.
@@ -57,6 +58,7 @@ def summarize(run_dir: Path) -> dict[str, Any]:
         "paused_s": paused_s,
         "warmup_s": manifest["arguments"].get("warmup_ns", 0) / NS_PER_S,
         "warmup_requests": warmups,
+        "warmup_held_back": _held_back(run),
         "requests_planned": None if planned is None else planned - warmups,
         "requests_sent": requests.departed.number,
         "requests_ok": requests.statuses.get("ok", 0),
@@ -181,6 +183,14 @@ def _planned(run: Run) -> int | None:
 def rows_of(run: Run, table: str) -> int:
     """How many rows a table has that is made of requests; none where it is not there."""
     return sum(batch.height for batch in run.batches(table, ["request_id"])) if run.has(table) else 0
+
+
+def _held_back(run: Run) -> int | None:
+    """How many requests of the warm-up were sent after it; None where no cap held requests back."""
+    asked, start_ns = run.manifest["arguments"], run.manifest.get("measure_start_ns")
+    if start_ns is None or not (asked.get("max_concurrency") or asked.get("max_rate_rps")) or not run.has("warmup"):
+        return None
+    return sum(batch.filter(pl.col("sent_ns") >= start_ns).height for batch in run.batches("warmup", ["sent_ns"]))
 
 
 def _why_no_window(manifest: Mapping[str, Any]) -> str:

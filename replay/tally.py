@@ -66,7 +66,7 @@ class Tally:
     """Counts a worker's requests, and keeps a few recent figures between two messages."""
 
     def __init__(self) -> None:
-        self.sent = self.ended = self.errors = 0
+        self.sent = self.begun = self.ended = self.errors = 0  # begun: the first token has come
         self.tokens = 0  # output tokens that have come
         self.gone = 0  # requests that found nobody where a server had answered before
         self.by_chunks = 0  # answers whose usage at the end proved that each chunk bore one token
@@ -89,6 +89,7 @@ class Tally:
 
     def first_token(self, record: Record) -> None:
         """A request's first token has come."""
+        self.begun += 1
         if len(self._ttft_us) < _RECENT and record.first_token_ns is not None and record.sent_ns is not None:
             self._ttft_us.append((record.first_token_ns - record.sent_ns) // 1000)
 
@@ -107,7 +108,8 @@ class Tally:
         recent = [record.chunk_ns for record in islice(in_flight, _RECENT)]
         gaps_us = [(times[-1] - times[-2]) // 1000 for times in recent if len(times) > 1]
         told = {
-            "sent": self.sent, "ended": self.ended, "errors": self.errors, "in_flight": self.sent - self.ended,
+            "sent": self.sent, "begun": self.begun, "ended": self.ended, "errors": self.errors,
+            "in_flight": self.sent - self.ended,
             "due": self.due, "gone": self.gone, "by_chunks": self.by_chunks, "output_tokens": self.tokens,
             "lag_us": self._lag_us, "ttft_us": self._ttft_us,
             "tbt_us": gaps_us, "stall_ns": self.stall_ns,

@@ -11,10 +11,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import polars as pl
 
 from replay.clock import NS_PER_MS
-from replay.gpu.baseline import fell_back
 from tracegen.console import plural
 
 FloatArray = npt.NDArray[np.float64]
@@ -25,6 +23,7 @@ LAG_BOUND_MS = 10.0  # p99; a fiftieth of the tightest usual TTFT target
 STALL_BOUND_MS = 100.0
 ERROR_BOUND = 0.01  # above it p99 of latency is unknown: what was lost could have been all of the slowest hundredth
 OFFSET_BOUND_MS = 1.0  # a tenth of what requests may lag: below it no other bound can tell
+MOMENT_NS = 100 * NS_PER_MS  # about the first token of a large model: within less, none could come
 STEP_NS = 10 * NS_PER_MS  # of the wall clock; NTP slews both clocks alike, so less is the time between two readings
 SENSOR_GAP_NS = 500 * NS_PER_MS  # readings farther apart leave what lies between unread
 SENSOR_BOUND = 0.95  # share of the sensor's updates that were seen
@@ -60,14 +59,17 @@ def percent(share: float) -> str:
     return f"{round(share, 3) + 0.0:.1%}"
 
 
-def dispatch_lag(requests: pl.DataFrame) -> Verdict:
-    """Whether requests left when the trace said: p99 of send - schedule, ms, between neighbours as in all latencies."""
-    lag_ms = (requests["sent_ns"] - requests["scheduled_ns"]).drop_nulls() / NS_PER_MS
-    if lag_ms.is_empty():
-        return Verdict("dispatch_lag", False, None, LAG_BOUND_MS, "no request was sent")
-    p50, p99, worst = (float(lag_ms.quantile(q, "linear") or 0.0) for q in (0.5, 0.99, 1.0))
-    why = f"p50 {p50:.2f} ms, p99 {p99:.2f} ms, max {worst:.2f} ms after schedule"
-    return Verdict("dispatch_lag", p99 <= LAG_BOUND_MS, p99, LAG_BOUND_MS, why)
+def lag(late_ms: tuple[float, float, float] | None) -> Verdict:
+    """Whether requests left when the trace said: p99 of send - schedule, ms, between neighbours as in all latencies.
+
+    `late_ms`: p50, p99 and the greatest; None where no request was sent.
+    """
+    name = "dispatch_lag"
+    if late_ms is None:
+        return Verdict(name, False, None, LAG_BOUND_MS, "no request was sent")
+    p50, p99, worst = late_ms
+    why = f"p50 {p50:,.2f} ms, p99 {p99:,.2f} ms, max {worst:,.2f} ms after schedule"
+    return Verdict(name, p99 <= LAG_BOUND_MS, p99, LAG_BOUND_MS, why)
 
 
 def loop_stall(late_ns: Sequence[int] | None) -> Verdict:
@@ -108,29 +110,11 @@ def worst(judged: Sequence[Verdict]) -> Verdict:
     return min(judged, key=lambda verdict: (verdict.ok is not False, verdict.ok is None))
 
 
-def error_rate(requests: pl.DataFrame, planned: int) -> Verdict:
-    """Whether the trace's requests were answered in full: the share of those that were not, unsent ones too."""
-    ok = requests.filter(pl.col("status") == "ok").height
-    bad = requests.filter(pl.col("status") != "ok")
-    unsent = planned - requests.height
-    others = [_of_status(of) for of in sorted(bad.partition_by("status"), key=lambda of: -of.height)]
-    return errors(ok, planned, others + [f"{unsent:,} not sent"] * (unsent > 0))
-
-
-def _of_status(requests: pl.DataFrame) -> str:
-    """How many requests ended with one status, and what was said most often of why."""
-    text = f"{requests.height:,} {requests['status'][0]}"
-    code = pl.when(pl.col("http_status") != 200).then(pl.col("http_status").cast(pl.String))
-    words = pl.concat_str(code, "error", separator=" ", ignore_nulls=True)
-    said = requests.select(words.alias("said"))["said"].replace("", None).drop_nulls()
-    if said.is_empty():
-        return text
-    commonest = str(said.value_counts(sort=True)["said"][0])
-    return f"{text} ({commonest if len(commonest) <= MOST_WORDS else f'{commonest[:MOST_WORDS]}...'})"
-
-
 def errors(ok: int, planned: int, others: Sequence[str]) -> Verdict:
-    """`error_rate` from the count of good requests; `others` says what became of the rest."""
+    """Whether the trace's requests were answered in full: the share of those that were not, unsent ones too.
+
+    `ok` of as many as were `planned`; `others` says what became of the rest.
+    """
     if not planned:
         return Verdict("error_rate", None, None, ERROR_BOUND, "every request was due in the warm-up")
     why = f"{ok:,} of {plural(planned, 'request')} ok" + (f": {', '.join(others)}" if others else "")
@@ -153,61 +137,33 @@ def clock_offset(hosts: Sequence[Mapping[str, Any]], anchors: Sequence[Mapping[s
     return Verdict(name, worst <= OFFSET_BOUND_MS, worst, OFFSET_BOUND_MS, why)
 
 
-def lengths_exact(requests: pl.DataFrame, trace: pl.DataFrame) -> Verdict:
-    """Whether the server counted as many tokens as the trace asks for, in and out."""
-    counted = requests.filter(pl.col("output_tokens").is_not_null() & pl.col("status").is_in(["ok", "length_mismatch"]))
-    if counted.is_empty():
-        return Verdict("lengths_exact", None, None, 0.0, "the server sent no usage, so lengths are unknown")
-    wanted = trace.select("request_id", pl.col("input_tokens").alias("input_wanted"))
-    both = counted.join(wanted, on="request_id", how="inner")
-    wrong = both.filter(
-        (pl.col("output_tokens") != pl.col("output_tokens_wanted")) | (pl.col("input_tokens") != pl.col("input_wanted"))
-    ).height
-    return lengths(wrong, both.height)
-
-
 def lengths(wrong: int, requests: int) -> Verdict:
-    """`lengths_exact` from the count of requests, and of those that differ from the trace."""
+    """Whether the server counted as many tokens as the trace asks for, in and out.
+
+    From the count of requests of which it told, and of those that differ from the trace.
+    """
     why = f"{wrong:,} of {plural(requests, 'request')} differ from the trace in input or output tokens"
     return Verdict("lengths_exact", wrong == 0, float(wrong), 0.0, why)
 
 
-def saturated(requests: pl.DataFrame, *, capped: bool = False) -> Verdict:
-    """Whether the server kept up: requests that wait for their first token must not pile up while sending.
-
-    The value is the growth of that backlog (least squares over the sending window) as a share of the arrival rate;
-    with arrivals at rate λ and first tokens at rate μ < λ it is 1 - μ/λ. `capped`: requests were held back, so that
-    those that pile up do not wait in the server.
-    """
-    if capped:
-        late = pl.col("sent_ns").is_null() | (pl.col("sent_ns") > pl.col("scheduled_ns").max())
-        held = plural(requests.filter(late).height, "request")
-        why = f"not known: closed by cap, which still held back {held} when the last was due"
-        return Verdict("saturated", None, None, BACKLOG_GROWTH_BOUND, why)
-    # A request that failed before its first token waits no longer, nor does one that was answered without a token.
-    none = pl.col("first_token_ns").is_null()
-    failed = none & pl.col("status").is_in(["http_error", "connect_error", "stream_error"])
-    answered = none & pl.col("status").is_in(["ok", "length_mismatch"])
-    requests = requests.filter(~failed)
-    if requests.height and requests.select(answered.all()).item():
-        why = "not known: no token has a time, so nobody knows who waited for one"
-        return Verdict("saturated", None, None, BACKLOG_GROWTH_BOUND, why)
-    begun = requests.select(pl.when(answered).then("done_ns").otherwise("first_token_ns")).to_series()
-    sent = np.sort(requests["sent_ns"].drop_nulls().to_numpy())
-    first = np.sort(begun.drop_nulls().to_numpy())
-    at_ns = backlog_grid_ns(sent[0], sent[-1]) if len(sent) else np.zeros(1)
-    waiting = np.searchsorted(sent, at_ns, "right") - np.searchsorted(first, at_ns, "right")
-    return saturation(len(sent), at_ns, waiting)
+def no_usage() -> Verdict:
+    """`lengths` where the server told none."""
+    return Verdict("lengths_exact", None, None, 0.0, "the server sent no usage, so lengths are unknown")
 
 
 def backlog_grid_ns(first_ns: int, last_ns: int) -> FloatArray:
-    """When `saturated` counts who waits for a first token, where requests are sent from `first_ns` to `last_ns`."""
+    """When `saturation` counts who waits for a first token, where requests are sent from `first_ns` to `last_ns`."""
     return np.linspace(first_ns, last_ns, 200)
 
 
 def saturation(sent: int, at_ns: FloatArray, waiting: IntArray) -> Verdict:
-    """`saturated` from how many requests were `waiting` at each moment of its grid, of as many as were `sent`."""
-    if sent < 20 or at_ns[0] == at_ns[-1]:
+    """Whether the server kept up: requests that wait for their first token must not pile up while sending.
+
+    From how many were `waiting` at each moment of the grid, of as many as were `sent`. The value is the growth of that
+    backlog (least squares over the sending window) as a share of the arrival rate; with arrivals at rate λ and first
+    tokens at rate μ < λ it is 1 - μ/λ.
+    """
+    if sent < 20 or at_ns[-1] - at_ns[0] < MOMENT_NS:
         why = "not known: fewer than 20 requests, or all sent at one moment, tell nothing"
         return Verdict("saturated", None, None, BACKLOG_GROWTH_BOUND, why)
     at_s = (at_ns - at_ns[0]) / 1e9
@@ -220,24 +176,27 @@ def saturation(sent: int, at_ns: FloatArray, waiting: IntArray) -> Verdict:
     return Verdict("saturated", not full, growth, BACKLOG_GROWTH_BOUND, why)
 
 
-def clocks_held(
-    power: pl.DataFrame | None, gpus: Sequence[int], locked_mhz: int | None, held_mhz: float | None = None
-) -> Verdict:
-    """Whether the SM clocks stayed where they were locked; `held_mhz`: the highest held under load, where known."""
+def held_back(requests: int) -> Verdict:
+    """`saturation` where a cap held `requests` back: those that pile up do not wait in the server."""
+    why = f"not known: closed by cap, which still held back {plural(requests, 'request')} when the last was due"
+    return Verdict("saturated", None, None, BACKLOG_GROWTH_BOUND, why)
+
+
+def untimed() -> Verdict:
+    """`saturation` of answers without times."""
+    why = "not known: no token has a time, so nobody knows who waited for one"
+    return Verdict("saturated", None, None, BACKLOG_GROWTH_BOUND, why)
+
+
+def clocks(locked_mhz: int | None, off: int, readings: int, reasons: int, held_mhz: float | None = None) -> Verdict:
+    """Whether the SM clocks stayed where they were locked, from the count of readings and of those that were off.
+
+    `reasons`: NVML's bits in any of them; `held_mhz`: the highest clock held under load, where known.
+    """
     if locked_mhz is None:
         return Verdict("clocks_held", None, None, None, "clocks were not locked (no --freq)")
-    readings = None if power is None else power.filter(pl.col("gpu").is_in(gpus) & pl.col("sm_clock_mhz").is_not_null())
-    if readings is None or readings.is_empty():
+    if not readings:
         return Verdict("clocks_held", False, None, CLOCK_BOUND, "no clock was read")
-    off = (readings["sm_clock_mhz"].cast(pl.Int64) - locked_mhz).abs() > CLOCK_TOLERANCE_MHZ
-    reasons = 0
-    for value in readings["throttle_reasons"].drop_nulls().unique():
-        reasons |= value
-    return clocks(locked_mhz, int(off.sum()), off.len(), reasons, held_mhz)
-
-
-def clocks(locked_mhz: int, off: int, readings: int, reasons: int, held_mhz: float | None = None) -> Verdict:
-    """`clocks_held` from the count of readings and of those that were off; `reasons`: NVML's bits in any of them."""
     share = 1 - off / readings
     named = throttle_reasons(reasons)
     if held_mhz is not None and held_mhz < locked_mhz:
@@ -251,61 +210,33 @@ def throttle_reasons(bits: int | None) -> list[str]:
     return [name for bit, name in THROTTLE_REASONS.items() if (bits or 0) & bit]
 
 
-def sensor_alive(power: pl.DataFrame | None, gpus: Sequence[int], start_ns: int, end_ns: int) -> Verdict:
+def coverage(worst: float, silent: str = "") -> Verdict:
     """Whether power was read all the time: the share of the window not more than 0.5 s from a reading.
 
-    A GPU that was polled but told no power, for it was lost, was not read.
+    On the GPU that was read worst; `silent`: when it was not.
     """
-    if power is None or not gpus:
-        return Verdict("sensor_alive", None, None, None, "no power was read: name the server's GPUs with --gpus")
-    told = power.filter(~pl.all_horizontal(pl.col("power_instant_mw", "power_average_mw", "energy_mj").is_null()))
-    worst, silent = 1.0, ""
-    for gpu in gpus:
-        t = told.filter((pl.col("gpu") == gpu) & pl.col("t_ns").is_between(start_ns, end_ns))["t_ns"].sort().to_numpy()
-        times = np.concatenate([[start_ns], t, [end_ns]])
-        gaps = np.diff(times)
-        share = 1 - float(gaps[gaps > SENSOR_GAP_NS].sum()) / max(1, end_ns - start_ns)
-        if share < SENSOR_BOUND:
-            longest = int(np.argmax(gaps))
-            since_s, until_s = ((times[i] - start_ns) / 1e9 for i in (longest, longest + 1))
-            silent += f"; GPU {gpu} was not read from {since_s:.1f} s to {until_s:.1f} s of the run"
-        worst = min(worst, share)
-    return coverage(worst, silent)
-
-
-def coverage(worst: float, silent: str = "") -> Verdict:
-    """`sensor_alive` from the share of the window that is covered on the GPU that was read worst."""
     why = f"{percent(worst)} of the run is covered by readings no more than 0.5 s apart{silent}"
     return Verdict("sensor_alive", worst >= SENSOR_BOUND, worst, SENSOR_BOUND, why)
 
 
-def counter_agrees(power: pl.DataFrame | None, gpus: Sequence[int], start_ns: int, end_ns: int) -> Verdict:
-    """Whether the energy counter and the samples of power tell of the same energy: relative difference."""
-    name = "counter_agrees"
-    if power is None or not gpus:
-        return Verdict(name, None, None, None, "no power was read")
-    inside = power.filter(pl.col("gpu").is_in(gpus) & pl.col("t_ns").is_between(start_ns, end_ns)).sort("t_ns")
-    inside = inside.filter(pl.col("energy_mj").is_not_null() & pl.col("power_instant_mw").is_not_null())
-    counter_j = sampled_j = 0.0
-    for readings in inside.partition_by("gpu"):
-        if fell_back(readings["energy_mj"]):
-            why = f"the energy counter of GPU {readings['gpu'][0]} fell back (wrap-around or reset): it tells no energy"
-            return Verdict(name, False, None, COUNTER_BOUND, why)
-        # From one update of the counter to another: between two it stands still while power is drawn.
-        updates = (readings["energy_mj"] != readings["energy_mj"].shift(1)).fill_null(value=False).arg_true()
-        if updates.is_empty():
-            continue
-        frame = readings[updates[0] : updates[-1] + 1]
-        t_s = frame["t_ns"].to_numpy() / 1e9
-        watts = frame["power_instant_mw"].to_numpy() / 1e3
-        # A reading stands for the time since the one before it.
-        sampled_j += float((watts[1:] * np.diff(t_s)).sum())
-        counter_j += (frame["energy_mj"][-1] - frame["energy_mj"][0]) / 1e3
-    return counter(counter_j, sampled_j)
+def unread() -> Verdict:
+    """`coverage` where there was nothing to read."""
+    return Verdict("sensor_alive", None, None, None, "no power was read: name the server's GPUs with --gpus")
+
+
+def uncounted() -> Verdict:
+    """`counter` where there was nothing to read."""
+    return Verdict("counter_agrees", None, None, None, "no power was read")
+
+
+def counter_fell(gpu: int) -> Verdict:
+    """`counter` where that of `gpu` went back."""
+    why = f"the energy counter of GPU {gpu} fell back (wrap-around or reset): it tells no energy"
+    return Verdict("counter_agrees", False, None, COUNTER_BOUND, why)
 
 
 def counter(counter_j: float, sampled_j: float) -> Verdict:
-    """`counter_agrees` from the energy that either tells of."""
+    """Whether the energy counter and the samples of power tell of the same energy: relative difference."""
     name = "counter_agrees"
     if counter_j <= 0:
         return Verdict(name, None, None, COUNTER_BOUND, "the GPU has no energy counter, or no instant power")
@@ -325,31 +256,17 @@ def idle_measured(before: Sequence[dict[str, float]], after: Sequence[dict[str, 
     return Verdict("idle_measured", missing == 0, float(missing), 0.0, why)
 
 
-def steps_complete(steps: pl.DataFrame | None, segments: pl.DataFrame | None, requests: pl.DataFrame) -> Verdict:
-    """Whether every engine step is recorded and explains every token: the count of what is missing."""
-    name = "steps_complete"
-    if steps is None or segments is None:
-        return Verdict(name, None, None, None, "no engine steps: membership is rebuilt from client times")
-    gaps = 0
-    for frame in steps.partition_by("instance"):
-        numbers = frame["step"].to_numpy()
-        gaps += int(numbers.max() - numbers.min()) + 1 - frame.height
-    tokens = (pl.col("last_step") - pl.col("first_step") + 1).cast(pl.Int64) * pl.col("tokens_per_step")
-    scheduled = (
-        segments.filter(pl.col("request_id").is_not_null()).group_by("request_id").agg(tokens.sum().alias("tokens"))
-    )
-    # A request's last output token is never scheduled: prompt + outputs - 1 tokens pass through the engine,
-    # less what the prefix cache held, and more if a preemption made it compute again.
-    need = pl.col("input_tokens").cast(pl.Int64) + pl.col("output_tokens") - 1 - pl.col("cached_tokens").fill_null(0)
-    ok = requests.filter((pl.col("status") == "ok") & pl.col("input_tokens").is_not_null()).join(
-        scheduled, on="request_id", how="left"
-    )
-    short = ok.filter(pl.col("tokens").fill_null(0) < need).height
-    return completeness(steps.height, gaps, short, ok.height)
+def no_steps() -> Verdict:
+    """`completeness` where no steps are on record."""
+    why = "no engine steps: membership is rebuilt from client times"
+    return Verdict("steps_complete", None, None, None, why)
 
 
 def completeness(steps: int, gaps: int, short: int, requests: int) -> Verdict:
-    """`steps_complete` from the steps' count, those missing, and the requests of which a token was in no step."""
+    """Whether every engine step is recorded and explains every token: the count of what is missing.
+
+    From the steps' count, those missing between the first and the last, and the requests of which a token was in none.
+    """
     name = "steps_complete"
     of = plural(requests, "request")
     why = f"{plural(steps, 'step')}; {gaps:,} missing; {short:,} of {of} with tokens in no step"

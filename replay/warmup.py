@@ -24,9 +24,7 @@ async def warm_up(plan: Plan, served: Sequence[Served], salt: int) -> None:
 
     Raises `ReplayError` when one is not answered: neither would the run be.
     """
-    lengths = plan.trace["input_tokens"].sort()
-    quantiles = [(i + 1) / plan.warmups for i in range(plan.warmups)]
-    sizes = [int(lengths.quantile(q, "nearest") or 1) for q in quantiles]
+    sizes = plan.survey.input_quantiles([(i + 1) / plan.warmups for i in range(plan.warmups)])
     await asyncio.gather(*(_warm_one(plan, server, sizes, salt) for server in served))
 
 

@@ -6,13 +6,12 @@ from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
-import numpy as np
-
 from replay.clock import NS_PER_S, now_ns
+from replay.cut import Due
 from replay.gpu.sampler import Sampler
 from replay.live import Progress, Snapshot
 from replay.stream import GONE
-from replay.verdicts import CLOCK_TOLERANCE_MHZ, IntArray, throttle_reasons
+from replay.verdicts import CLOCK_TOLERANCE_MHZ, throttle_reasons
 from replay.workers import LoadWorkers
 from tracegen.console import plural
 
@@ -49,7 +48,7 @@ async def background(
 
 async def show(
     epoch_ns: int,
-    arrival_ns: IntArray,
+    due: Due,
     serving: Sequence[int],
     workers: LoadWorkers,
     sampler: Sampler | None,
@@ -57,7 +56,7 @@ async def show(
     *,
     simulated: bool,
 ) -> None:
-    """Keep the progress of a run fresh: requests due `arrival_ns` after the epoch, on the GPUs `serving`.
+    """Keep the progress of a run fresh: requests that come `due` after the epoch, on the GPUs `serving`.
 
     Until cancelled. `simulated`: whether the engine is, which the progress says.
     """
@@ -67,8 +66,7 @@ async def show(
         status = sampler.status if sampler is not None else None
         watts = [w for gpu in serving if status and (w := status.watts.get(gpu)) is not None]
         clocks = {status.clocks_mhz.get(gpu) for gpu in serving} if status else set()
-        due = int(np.searchsorted(arrival_ns, t_ns - epoch_ns, "right"))
-        past.append((t_ns, due, workers.total("sent"), workers.total("output_tokens")))
+        past.append((t_ns, due.by(t_ns - epoch_ns), workers.total("sent"), workers.total("output_tokens")))
         seconds = (past[-1][0] - past[0][0]) / NS_PER_S
         target, sent, tokens = (
             (b - a) / seconds if seconds else None for a, b in zip(past[0][1:], past[-1][1:], strict=True)
@@ -79,13 +77,16 @@ async def show(
         )
         progress.update(
             Snapshot(
-                elapsed_ns=max(0, t_ns - epoch_ns), planned_ns=int(arrival_ns[-1]), planned=len(arrival_ns),
+                elapsed_ns=max(0, t_ns - epoch_ns), planned_ns=due.last_ns, planned=due.requests,
                 sent=workers.total("sent"), ended=workers.total("ended"), errors=workers.total("errors"),
                 lag_p50_ns=lag[0], lag_p99_ns=lag[1], ttft_p50_ns=ttft[0], ttft_p99_ns=ttft[1],
                 output_tokens_per_s=tokens, watts=sum(watts) if watts else None,
                 clock_mhz=clocks.pop() if len(clocks) == 1 else None, target_rps=target, sent_rps=sent,
                 tbt_p50_ns=tbt[0], tbt_p99_ns=tbt[1],
-                joules_per_token=sum(watts) / tokens if watts and tokens else None, simulated=simulated,
+                joules_per_token=sum(watts) / tokens if watts and tokens else None,
+                # One that failed waits no longer, nor does one that was answered without a stream.
+                waiting=workers.total("sent") - max(workers.total("begun"), workers.total("ended")),
+                simulated=simulated,
             )
         )  # fmt: skip
         await asyncio.sleep(_REDRAW_S)

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import polars as pl
 import pyarrow.parquet as pq
 
-from replay.again import find_trace, options_of, replay_command, tracegen_commands
+from replay.again import find_trace, options_of, replay_command
 from replay.clock import NS_PER_S
 from replay.plan import RunOptions, simulated_profile
 from replay.records import left_over
@@ -21,6 +21,7 @@ from replay.sim.profile import constants, profile_of_constants
 from replay.summary import ENDED, judged, last_on_record, measured, open_run, stretches, was_killed, what_now
 from replay.tables import TABLES
 from replay.verdicts import SENSOR_BOUND, SENSOR_GAP_NS
+from tracegen.commands import commands_of
 from tracegen.console import plural
 from tracegen.errors import ReplayError, RunError, WattraceError
 from tracegen.schema import read_metadata
@@ -276,7 +277,7 @@ def _commands(run: Run, options: RunOptions) -> list[str]:
     output = run.path.with_name(f"{run.name}-again")
     made: list[str] = []
     try:
-        made = tracegen_commands(read_metadata(path or own), str(path or options.trace))
+        made = commands_of(read_metadata(path or own), str(path or options.trace))
     except WattraceError:
         return made  # neither is readable: there is nothing to replay
     if path is not None:

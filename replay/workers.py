@@ -114,7 +114,7 @@ class LoadWorkers:
             raise WorkerBugError(message["bug"])
 
     def total(self, name: str) -> int:
-        """A count summed over the workers: `sent`, `ended`, `errors`, `gone`, `in_flight`, `output_tokens`."""
+        """A count summed over the workers: `sent`, `begun`, `ended`, `errors`, `gone`, `in_flight`, `output_tokens`."""
         return sum(message.get(name, 0) for message in self._latest)
 
     def client_error(self) -> dict[str, Any]:

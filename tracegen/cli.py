@@ -1,7 +1,6 @@
 """The `tracegen` command: parse, call one function, print."""
 
 import shlex
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,7 +11,7 @@ from tracegen.cli_export import export
 from tracegen.cli_fit import compare, fit, plot
 from tracegen.cli_import import import_app
 from tracegen.cli_transform import COMMANDS as TRANSFORMS
-from tracegen.console import format_si, make_app, note, plural, print_json, print_table, run_app, say
+from tracegen.console import format_si, make_app, note, plural, print_json, print_table, progress_bar, run_app, say
 from tracegen.options import AsJson, Force, Seed, TraceFile
 
 if TYPE_CHECKING:
@@ -154,13 +153,9 @@ def validate(file: TraceFile) -> None:
 
 def _synthesize(output: Path, workload: "Workload") -> dict[str, Any]:
     """`synthesize_file` with a bar of progress."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
     from tracegen.synthesize import synthesize_file
 
-    shown = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
-    with Progress(*shown, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
+    with progress_bar() as progress:
         task = progress.add_task(str(output), total=None)
         return synthesize_file(
             output,

@@ -1,13 +1,12 @@
 """The `tracegen datasets` and `tracegen fetch` commands: parse, call one function, print."""
 
 import shlex
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tracegen.console import format_si, note, print_json, print_table, prose, say
+from tracegen.console import format_si, note, print_json, print_table, progress_bar, prose, say
 from tracegen.options import AsJson
 
 if TYPE_CHECKING:
@@ -106,15 +105,13 @@ def fetch(
       tracegen fetch azure-2023-conv
       tracegen fetch mooncake-conversation -o conversation_trace.jsonl
     """
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import DownloadColumn, TransferSpeedColumn
 
     from tracegen.datasets import find_dataset
     from tracegen.fetch import fetch_dataset
 
     dataset = find_dataset(name)
-    shown = (TextColumn(name), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*shown, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
+    with progress_bar(DownloadColumn(), TransferSpeedColumn()) as progress:
         task = progress.add_task(name, total=None)
 
         def on_progress(have: int, size: int | None) -> None:

@@ -1,13 +1,12 @@
 """The `tracegen import` commands: parse, call `import_trace`, print."""
 
 import shlex
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tracegen.console import make_app, note, plural, say
+from tracegen.console import make_app, note, plural, progress_bar, say
 from tracegen.options import Force
 
 if TYPE_CHECKING:
@@ -317,14 +316,10 @@ def _options(**asked: object) -> "Options":
 
 def _run(name: str, file: str, output: Path | None, options: "Options", *, force: bool) -> None:
     """Import with a bar of progress, and say what was done."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
     from tracegen.importers.formats import find_format
     from tracegen.importers.run import import_trace
 
-    shown = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
-    with Progress(*shown, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
+    with progress_bar() as progress:
         task = progress.add_task(file, total=None)
 
         def on_progress(report: "Report", source: "Source") -> None:
@@ -333,7 +328,7 @@ def _run(name: str, file: str, output: Path | None, options: "Options", *, force
 
         report = import_trace(file, output, format=name, options=options, force=force, on_progress=on_progress)
     if name == "auto":
-        say(f"{file}: {find_format(report.format).title}")
+        say(f"{report.metadata['source']['file']}: {find_format(report.format).title}")
     _say_imported(report)
 
 

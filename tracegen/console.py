@@ -7,12 +7,15 @@ import re
 import sys
 import textwrap
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.cells import cell_len
 
 from tracegen.errors import WattraceError
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, ProgressColumn
 
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells say it
@@ -74,6 +77,15 @@ def say(message: str = "") -> None:
 def print_json(document: Any) -> None:
     """Print `document` as indented JSON on stdout; NaN and infinities are refused."""
     say(json.dumps(document, indent=2, allow_nan=False, default=str))
+
+
+def progress_bar(*more: "ProgressColumn") -> "Progress":
+    """A description (as it is, no markup), a bar, `more` columns and the time left: on stderr, in a terminal only."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), *more, TimeRemainingColumn())
+    return Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty())
 
 
 def prose(lines: Sequence[str]) -> None:
@@ -174,8 +186,8 @@ def plural(number: int, noun: str) -> str:
 
 
 def format_si(value: float | None, unit: str = "", digits: int = 3) -> str:
-    """`value` to `digits` significant digits with its unit, or `-` where there is none."""
+    """`value` to `digits` significant digits, thousands apart, with its unit, or `-` where there is none."""
     if value is None or value != value:  # noqa: PLR0124 - NaN is what differs from itself
         return "-"
-    text = f"{value:.{digits}g}"
+    text = f"{value:,.{digits}g}"
     return f"{value:,.0f}{unit}" if "e+" in text or abs(value) >= 10**digits else f"{text}{unit}"

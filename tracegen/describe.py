@@ -3,6 +3,7 @@
 import functools
 import math
 import operator
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from tracegen.schema import read_metadata, read_trace
 DISPERSION_WINDOWS_S = (1, 10, 60)
 MIN_WINDOWS = 10  # the standard error of a variance from 10 counts is already half its value
 TIME_BINS = 60
+_NAMED_ROWS = 2**20  # at a time: a bucket's name takes five times what its lengths do
 
 # Why a figure can be missing, by its dotted name.
 WHY_NONE = {
@@ -55,17 +57,18 @@ def describe(frame: pl.DataFrame, metadata: Mapping[str, Any]) -> dict[str, Any]
     ties their mean rank. `index_of_dispersion` is variance over mean of the counts in full windows from the first
     arrival on; a Poisson process has 1.
     """
-    gaps_s = frame["arrival_ns"].diff().drop_nulls() / NS_PER_S
+    gaps_ns = frame["arrival_ns"].diff().drop_nulls()
+    mean_ns = gaps_ns.mean()
     figures = {
         "requests": frame.height,
         "span_s": span_ns(frame) / NS_PER_S,
         "rate_rps": rate_rps(frame),
-        "interarrival_s": {"mean": gaps_s.mean(), "cv": _cv(gaps_s)},
+        "interarrival_s": {"mean": None if mean_ns is None else mean_ns / NS_PER_S, "cv": _cv(gaps_ns)},  # type: ignore[operator]
         "index_of_dispersion": {f"{w}s": dispersion(frame["arrival_ns"], w) for w in DISPERSION_WINDOWS_S},
         "input_tokens": _lengths(frame["input_tokens"]),
         "output_tokens": _lengths(frame["output_tokens"]),
         "spearman": spearman(frame),
-        "buckets": _buckets(frame),
+        "buckets": {b: {"requests": n, "share": n / frame.height} for b, n in bucket_counts(frame).items()},
     }
     return {
         **figures,
@@ -122,11 +125,13 @@ def spearman(frame: pl.DataFrame) -> float | None:
     return float(ranks.select(pl.corr("input_tokens", "output_tokens")).item())
 
 
-def _buckets(frame: pl.DataFrame) -> dict[str, dict[str, float]]:
-    """Requests and share of each bucket, all twelve, in order."""
-    name = bucket_expr(pl.col("input_tokens"), pl.col("output_tokens"))
-    counts = dict(frame.select(name.alias("bucket"))["bucket"].value_counts().iter_rows())
-    return {b: {"requests": counts.get(b, 0), "share": counts.get(b, 0) / frame.height} for b in BUCKETS}
+def bucket_counts(frame: pl.DataFrame) -> dict[str, int]:
+    """The requests in each bucket, all twelve, in order."""
+    name = bucket_expr(pl.col("input_tokens"), pl.col("output_tokens")).alias("bucket")
+    counts: Counter[str] = Counter()
+    for part in frame.iter_slices(_NAMED_ROWS):
+        counts.update(dict(part.select(name)["bucket"].value_counts().iter_rows()))
+    return {bucket: counts[bucket] for bucket in BUCKETS}
 
 
 def _doubling_bins(tokens: pl.Series) -> list[dict[str, int]]:

@@ -27,3 +27,9 @@ def format_duration(ns: int) -> str:
         if ns >= _UNITS_NS[unit]:
             return f"{ns / _UNITS_NS[unit]:.4g}{unit}"
     return f"{ns / _UNITS_NS['ms']:.4g}ms"
+
+
+def exact_duration(ns: int) -> str:
+    """`ns` as a command takes it, to the nanosecond (where a double holds it)."""
+    whole, rest = divmod(ns, NS_PER_S)
+    return f"{whole}s" if not rest else f"{ns / 1e6:.6f}".rstrip("0").rstrip(".") + "ms"

@@ -4,26 +4,29 @@ Formats: Mooncake (FAST25-release/traces in github.com/kvcache-ai/Mooncake), Azu
 in github.com/Azure/AzurePublicDataset), AIPerf's `mooncake_trace` (its page "Trace Replay with Mooncake Traces", and
 MooncakeTrace in aiperf/dataset/loader/models.py), and `timed_trace` of `vllm bench serve` (vLLM pull requests
 39795 and 45423). The last three make a prompt from its hash ids, so every block of a prompt needs one: blocks that the
-trace has no hash for get ids that no other block has. Hash ids are numbered anew from 0, in order of appearance, as
-published traces have them; equal stay equal, different stay different.
+trace has no hash for get ids that no other block has, and an id is always of one size. Hash ids are numbered anew from
+0, in order of appearance, as published traces have them; equal stay equal, different stay different.
 """
 
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 
 from tracegen.errors import TraceError
-from tracegen.schema import read_metadata, read_trace
+from tracegen.schema import read_metadata, read_trace_parts
+from tracegen.writer import written_whole
 
 ORIGIN = "2000-01-01 00:00:00"  # where a format wants dates and the trace has none; whole years stay recognisable
 MOONCAKE_BLOCK_TOKENS = 512  # of the published traces
 VLLM_BLOCK_TOKENS = 16  # the default of --timed-trace-chunk-hash-size
 _NS_PER_MS = 10**6
-_SLICE_ROWS = 1 << 16
+_PART_ROWS = 1 << 14  # read at a time: where prompts are long, a row has a thousand hashes
+_LIST_ROWS = 1 << 10  # of them, whose hashes are Python numbers at a time
 
 
 @dataclass
@@ -66,7 +69,9 @@ class Blocks:
     def of(self, input_tokens: int, hashes: Sequence[int] | None) -> list[int]:
         """One id for each block of a prompt, the last of which may not be full."""
         needed = -(-input_tokens // self.block_tokens)
-        keys = self._keys(input_tokens, hashes or ())[:needed] if self.have_tokens else []
+        keys = list(self._keys(input_tokens, hashes or ())[:needed]) if self.have_tokens else []
+        if len(keys) == needed and (rest := input_tokens % self.block_tokens):
+            keys[-1] = (keys[-1], rest)  # another block than a full one: AIPerf refuses an id of two sizes
         ids = [self._number(key) for key in keys]
         ids += range(self.count, self.count + needed - len(ids))
         self.count += needed - len(keys)
@@ -101,8 +106,8 @@ def export_trace(
     """Write the trace at `path` in a format of `EXPORTS` to `output`, by default beside its name with the suffix.
 
     Arrivals are rounded to the format's resolution, halves up, so their order stays; each is off by half of it at most.
-    `origin` is the date, in UTC, of the trace's start, for Azure's format, which has dates. Memory: the trace, and with
-    hash ids some 100 bytes for each different block.
+    `origin` is the date, in UTC, of the trace's start, for Azure's format, which has dates. The trace is read and
+    written part by part, in memory for one; with hash ids some 120 bytes for each different block that the trace has.
 
     Raises `TraceError` for a trace that cannot be read, a format that there is none of, an output that exists (unless
     `force`) or cannot be written, and blocks of a size from which the format's cannot be made.
@@ -111,20 +116,27 @@ def export_trace(
         raise TraceError(f"there is no format '{format}' to export to; the formats are {', '.join(EXPORTS)}")
     form = EXPORTS[format]
     start = _origin(origin)
-    frame = read_trace(path)
-    blocks = _blocks(format, frame, read_metadata(path), path)
+    parts = read_trace_parts(path, _PART_ROWS)
+    first = next(parts)
+    blocks = _blocks(format, first.columns, read_metadata(path), path)
     output = Path(output or f"{Path(path).stem}{form.suffix}")
     if output.exists() and not force:
         raise TraceError(f"{output}: exists; choose another output, or overwrite it with --force")
-    left_out = [name for name in frame.columns if name not in form.columns]
-    report = ExportReport(format, output, frame.height, form.resolution_ns, left_out)
+    left_out = [name for name in first.columns if name not in form.columns]
+    report = ExportReport(format, output, 0, form.resolution_ns, left_out)
     if format == "azure":
         report.remarks.append(f"dates are made: the trace's start is {start.replace(tzinfo=None)} UTC")
-    if format == "vllm-bench" and "prefix_hashes" not in frame.columns:
+    if format == "vllm-bench" and "prefix_hashes" not in first.columns:
         report.remarks.append("hash ids are made: no two blocks of prompts are the same")
-    _write(output, (line for part in frame.iter_slices(_SLICE_ROWS) for line in form.lines(part, blocks, start)), form)
+
+    def lines() -> Iterator[str]:
+        for part in chain([first], parts):
+            report.rows += part.height
+            yield from form.lines(part, blocks, start)
+
+    _write(output, lines(), form)
     if form.run_with is not None:
-        report.run_with = form.run_with.format(output=output, block_tokens=blocks.block_tokens, rows=frame.height)
+        report.run_with = form.run_with.format(output=output, block_tokens=blocks.block_tokens, rows=report.rows)
     return report
 
 
@@ -137,9 +149,9 @@ def _origin(text: str) -> datetime:
     return found.replace(tzinfo=UTC) if found.tzinfo is None else found.astimezone(UTC)
 
 
-def _blocks(name: str, frame: pl.DataFrame, metadata: Mapping[str, Any], path: str | Path) -> Blocks:
+def _blocks(name: str, columns: Sequence[str], metadata: Mapping[str, Any], path: str | Path) -> Blocks:
     """How the format's hash ids are made from the trace's hashes."""
-    have: int | None = metadata.get("block_tokens") if "prefix_hashes" in frame.columns else None
+    have: int | None = metadata.get("block_tokens") if "prefix_hashes" in columns else None
     if name == "mooncake":
         want = MOONCAKE_BLOCK_TOKENS
         if have is not None and want % have and have % want:
@@ -153,25 +165,18 @@ def _blocks(name: str, frame: pl.DataFrame, metadata: Mapping[str, Any], path: s
 
 
 def _write(output: Path, lines: Iterator[str], form: Export) -> None:
-    """Write `lines` to a hidden neighbour, then rename it into place."""
-    partial = output.with_name(f".{output.name}.partial")
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with partial.open("w", encoding="utf-8", newline="\n") as file:
-                file.writelines(_HEADERS.get(form.suffix, []))
-                file.writelines(lines)
-            partial.replace(output)
-        finally:
-            partial.unlink(missing_ok=True)
-    except OSError as error:
-        raise TraceError(f"{output}: cannot be written ({error.strerror or error}); choose another output") from None
+    """Write `lines` to `output`, whole or not at all."""
+    with written_whole(output) as partial, partial.open("w", encoding="utf-8", newline="\n") as file:
+        file.writelines(_HEADERS.get(form.suffix, []))
+        file.writelines(lines)
 
 
 def _rows(frame: pl.DataFrame) -> Iterator[tuple[int, int, int, Sequence[int] | None]]:
     """Arrival, lengths and hashes of each row."""
-    hashes = frame["prefix_hashes"].to_list() if "prefix_hashes" in frame.columns else [None] * frame.height
-    return zip(frame["arrival_ns"], frame["input_tokens"], frame["output_tokens"], hashes, strict=True)
+    names = ["arrival_ns", "input_tokens", "output_tokens"]
+    hashes = pl.col("prefix_hashes") if "prefix_hashes" in frame.columns else pl.lit(None).alias("prefix_hashes")
+    for part in frame.select(*names, hashes).iter_slices(_LIST_ROWS):
+        yield from zip(*(column.to_list() for column in part), strict=True)
 
 
 def _mooncake_lines(frame: pl.DataFrame, blocks: Blocks, start: datetime) -> Iterator[str]:

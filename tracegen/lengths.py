@@ -1,8 +1,9 @@
 """Input and output lengths, sampled from a mix: a mixture of bivariate lognormals fitted to a public trace."""
 
+import math
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -96,7 +97,8 @@ def _mix(name: str, document: Mapping[str, Any], where: str) -> Mix:
             file=where if where.endswith(".toml") else None,
         )
         sound = all(
-            c.weight >= 0 and c.sigma_in >= 0 and c.sigma_out >= 0 and abs(c.rho) <= 1 for c in mix.components
+            all(map(math.isfinite, astuple(c))) and min(c.weight, c.sigma_in, c.sigma_out) >= 0 and abs(c.rho) <= 1
+            for c in mix.components
         ) and all(1 <= low <= high < 2**32 for low, high in zip(mix.low, mix.high, strict=True))
     except KeyError as error:
         raise TraceError(f"{where}: key {error} is missing; see the files of tracegen/mixes") from None

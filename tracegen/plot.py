@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from tracegen.buckets import BUCKETS, bucket_expr
-from tracegen.describe import dispersion
+from tracegen.buckets import BUCKETS
+from tracegen.describe import bucket_counts, dispersion
 from tracegen.durations import NS_PER_S
 from tracegen.errors import TraceError
 from tracegen.schema import read_trace
+from tracegen.writer import written_whole
 
 COLOURS = ("#2b6ca3", "#e07a2f", "#3f8f6b", "#8d7aa8", "#b8434e", "#6b7280")
 INK, MUTED, GRID = "#1b2733", "#667380", "#e6eaee"
@@ -25,6 +26,15 @@ TIME_BINS = 120
 BINS_A_DOUBLING = 4  # of a histogram of lengths
 CELLS_A_DOUBLING = 2  # of a joint density
 WINDOWS_S = (1, 2, 5, 10, 20, 60, 120, 300, 600)
+# What an axis of time counts, from how many seconds on.
+TIME_UNITS = (
+    (3 * 86400.0, "days", 86400.0),
+    (3 * 3600.0, "hours", 3600.0),
+    (600.0, "minutes", 60.0),
+    (0.1, "seconds", 1.0),
+    (1e-4, "milliseconds", 1e-3),
+    (0.0, "microseconds", 1e-6),
+)
 
 
 def plot_traces(paths: Sequence[str | Path], output: str | Path) -> None:
@@ -40,11 +50,8 @@ def plot_traces(paths: Sequence[str | Path], output: str | Path) -> None:
         raise TraceError(f"{len(paths)} traces are too many for one picture; {len(COLOURS)} are the most")
     chart = draw(panels({name: read_trace(path) for name, path in zip(_names(paths), paths, strict=True)}))
     options: dict[str, dict[str, Any]] = {".png": {"scale_factor": 2}, ".html": {"inline": True}}
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        chart.save(str(output), **options.get(output.suffix, {}))
-    except OSError as error:
-        raise TraceError(f"{output}: cannot be written ({error.strerror or error}); choose another output") from None
+    with written_whole(output) as partial:
+        chart.save(str(partial), **options.get(output.suffix, {}))
 
 
 def _names(paths: Sequence[str | Path]) -> list[str]:
@@ -56,14 +63,17 @@ def _names(paths: Sequence[str | Path]) -> list[str]:
 def panels(traces: Mapping[str, pl.DataFrame]) -> dict[str, pl.DataFrame]:
     """What is drawn of checked `traces` by name: a frame for each panel, with the column `trace`.
 
-    `rate`: t_s, rate_rps. `input`, `output`: from, to (tokens), density (share of requests a doubling). `joint`: from
-    and to of both, density. `dispersion`: window_s, dispersion. `buckets`: bucket, share.
+    `rate`: t_s, end_s, rate_rps, from time 0 or, where all arrive in the later half of the time from there (as with
+    dates for times), from the first arrival. `input`, `output`: from, to (tokens), density (share of requests a
+    doubling). `joint`: from and to of both, density. `dispersion`: window_s, dispersion. `buckets`: bucket, share.
     """
+    first_s = min(int(frame["arrival_ns"][0]) / NS_PER_S for frame in traces.values())
     end_s = max(int(frame["arrival_ns"][-1]) / NS_PER_S for frame in traces.values())
+    start_s = first_s if first_s > end_s / 2 else 0.0
     made: dict[str, list[pl.DataFrame]] = {}
     for name, frame in traces.items():
         for panel, part in {
-            "rate": _rate(frame, end_s),
+            "rate": _rate(frame, start_s, end_s),
             "input": _histogram(frame["input_tokens"]),
             "output": _histogram(frame["output_tokens"]),
             "joint": _joint(frame),
@@ -74,14 +84,15 @@ def panels(traces: Mapping[str, pl.DataFrame]) -> dict[str, pl.DataFrame]:
     return {panel: pl.concat(parts) for panel, parts in made.items()}
 
 
-def _rate(frame: pl.DataFrame, end_s: float) -> pl.DataFrame:
+def _rate(frame: pl.DataFrame, start_s: float, end_s: float) -> pl.DataFrame:
     """The rate in each of `TIME_BINS` parts of the time to `end_s`, without the part that a shorter trace ends in."""
-    width_s = end_s / TIME_BINS or 1.0
-    place = np.minimum(frame["arrival_ns"].to_numpy() / NS_PER_S / width_s, TIME_BINS - 1).astype(np.int64)
+    width_s = (end_s - start_s) / TIME_BINS or 1.0
+    place = np.minimum((frame["arrival_ns"].to_numpy() / NS_PER_S - start_s) / width_s, TIME_BINS - 1).astype(np.int64)
     counts = np.bincount(place)
-    if counts.size > 1 and frame["arrival_ns"][-1] / NS_PER_S < (counts.size - 0.01) * width_s:
+    if counts.size > 1 and frame["arrival_ns"][-1] / NS_PER_S - start_s < (counts.size - 0.01) * width_s:
         counts = counts[:-1]
-    return pl.DataFrame({"t_s": np.arange(counts.size) * width_s, "rate_rps": counts / width_s})
+    t_s = start_s + np.arange(counts.size + 1) * width_s
+    return pl.DataFrame({"t_s": t_s[:-1], "end_s": t_s[1:], "rate_rps": counts / width_s})
 
 
 def _edges(most: int, a_doubling: int) -> np.ndarray[Any, np.dtype[np.float64]]:
@@ -124,8 +135,8 @@ def _dispersion(frame: pl.DataFrame) -> pl.DataFrame:
 
 def _buckets(frame: pl.DataFrame) -> pl.DataFrame:
     """Shares of the buckets, all of them."""
-    bucket = frame.select(bucket_expr(pl.col("input_tokens"), pl.col("output_tokens"))).to_series()
-    return pl.DataFrame({"bucket": BUCKETS, "share": [(bucket == name).sum() / bucket.len() for name in BUCKETS]})
+    counts = bucket_counts(frame)
+    return pl.DataFrame({"bucket": list(counts), "share": [count / frame.height for count in counts.values()]})
 
 
 def draw(parts: Mapping[str, pl.DataFrame]) -> Any:
@@ -137,18 +148,14 @@ def draw(parts: Mapping[str, pl.DataFrame]) -> Any:
     scale = alt.Scale(domain=names, range=list(COLOURS[: len(names)]))
     colour = alt.Color("trace:N", scale=scale, sort=names, legend=None)
     named = alt.Color("trace:N", scale=scale, sort=names, legend=legend if len(names) > 1 else None)
-    rate = (
-        alt.Chart(parts["rate"])
-        .mark_line(interpolate="step-after", strokeWidth=1.4)
-        .encode(
-            x=alt.X("t_s:Q", title="seconds", scale=alt.Scale(nice=False)), y=_y("rate_rps", "requests/s"), color=named
-        )
-        .properties(width=2 * WIDTH + 60, height=150, title="Arrival rate")
-    )
     lengths = [
-        alt.Chart(parts[side])
+        alt.Chart(_outline(parts[side], "from", "to", "density", closed=True))
         .mark_line(interpolate="step-after", strokeWidth=1.8)
-        .encode(x=_tokens("from", f"{side} tokens"), y=_y("density", "share a doubling", "%"), color=colour)
+        .encode(
+            x=_tokens("from", f"{side} tokens", "X", [1, parts[side]["to"].max()]),
+            y=_y("density", "share a doubling", "%"),
+            color=colour,
+        )
         .properties(width=WIDTH, height=170, title=f"{side.capitalize()} lengths")
         for side in ("input", "output")
     ]
@@ -158,7 +165,7 @@ def draw(parts: Mapping[str, pl.DataFrame]) -> Any:
     rows = [alt.hconcat(*joint[i : i + 2]) for i in range(0, len(joint), 2)]
     bursts = alt.vconcat(alt.hconcat(_bursts(parts["dispersion"], colour), _bars(parts["buckets"], names, scale)))
     return (
-        alt.vconcat(rate, alt.hconcat(*lengths), *rows, bursts, spacing=24)
+        alt.vconcat(_course(parts["rate"], named), alt.hconcat(*lengths), *rows, bursts, spacing=24)
         .configure(font=FONT, background="white", padding=12)
         .configure_view(stroke=None)
         .configure_axis(
@@ -174,18 +181,46 @@ def draw(parts: Mapping[str, pl.DataFrame]) -> Any:
     )
 
 
-def _y(name: str, title: str, format_: str = "~s") -> Any:
+def _course(frame: pl.DataFrame, colour: Any) -> Any:
+    """The rate over time."""
+    import altair as alt
+
+    steps = _outline(frame, "t_s", "end_s", "rate_rps", closed=False)
+    first_s, last_s, highest_rps = steps.select(pl.min("t_s"), pl.max("t_s").alias("end"), pl.max("rate_rps")).row(0)
+    unit, unit_s = next((name, size) for least_s, name, size in TIME_UNITS if last_s - first_s >= least_s)
+    return (
+        alt.Chart(steps.with_columns(t=pl.col("t_s") / unit_s))
+        .mark_line(interpolate="step-after", strokeWidth=1.4)
+        .encode(
+            x=alt.X("t:Q", title=unit, scale=alt.Scale(nice=False, zero=False)),
+            y=_y("rate_rps", "requests/s", "~s" if highest_rps >= 1000 else alt.Undefined),
+            color=colour,
+        )
+        .properties(width=2 * WIDTH + 60, height=150, title="Arrival rate")
+    )
+
+
+def _outline(frame: pl.DataFrame, start: str, end: str, value: str, *, closed: bool) -> pl.DataFrame:
+    """The steps of each trace with one point more where its last bin ends: at its height or, `closed`, at zero."""
+    last = pl.lit(0.0) if closed else pl.col(value).last()
+    ends = frame.group_by("trace", maintain_order=True).agg(pl.col(end).last().alias(start), last.alias(value))
+    return pl.concat([frame.select("trace", start, value), ends])
+
+
+def _y(name: str, title: str, format_: Any) -> Any:
     import altair as alt
 
     return alt.Y(f"{name}:Q", title=title, axis=alt.Axis(format=format_, tickCount=4))
 
 
-def _tokens(name: str, title: str, channel: str = "X", domain: list[Any] | None = None) -> Any:
-    """A logarithmic axis of lengths."""
+def _tokens(name: str, title: str, channel: str, domain: list[Any]) -> Any:
+    """A logarithmic axis of lengths over `domain`, with labels at powers of four, or at its ends."""
     import altair as alt
 
-    axis = alt.Axis(format=",", values=[4**k for k in range(12)], grid=False)
-    scale = alt.Scale(type="log", base=2, nice=False, domain=domain or alt.Undefined)
+    powers = [4**k for k in range(17) if domain[0] <= 4**k <= domain[1]]
+    marks = powers if len(powers) > 1 else domain
+    axis = alt.Axis(format=",", values=marks, grid=False, labelOverlap="greedy")
+    scale = alt.Scale(type="log", base=2, nice=False, domain=domain)
     return getattr(alt, channel)(f"{name}:Q", title=title, axis=axis, scale=scale)
 
 
@@ -230,7 +265,7 @@ def _bursts(frame: pl.DataFrame, colour: Any) -> Any:
         )
     )
     poisson = alt.Chart(pl.DataFrame({"one": [1.0]})).mark_rule(strokeDash=[4, 4], color=MUTED).encode(y="one:Q")
-    title = "Index of dispersion (dashed: Poisson)"
+    title = "Index of dispersion " + ("(dashed: Poisson)" if frame.height else "(too few full windows)")
     return (lines + poisson).properties(width=WIDTH, height=200, title=title)
 
 

@@ -37,11 +37,23 @@ def hit_rate(frame: pl.DataFrame, block_tokens: int) -> float:
 
     `frame` is a trace with `prefix_hashes`; each block counts `block_tokens`.
     """
+    return float(hit_blocks(frame).sum()) * block_tokens / float(frame["input_tokens"].cast(pl.UInt64).sum())
+
+
+def hit_blocks(frame: pl.DataFrame) -> NDArray[np.int64]:
+    """How many leading blocks of each row such a cache would know."""
     row = pl.col("row")
     blocks = frame.select(pl.col("prefix_hashes").alias("block")).with_row_index("row").explode("block").drop_nulls()
     again = blocks.with_columns(known=(row.min().over("block") < row).cast(pl.UInt8))
-    known = again.select(pl.col("known").cum_min().over("row")).to_series()
-    return float(known.sum()) * block_tokens / float(frame["input_tokens"].cast(pl.UInt64).sum())
+    known = again.select("row", pl.col("known").cum_min().over("row")).filter(pl.col("known") == 1)
+    counts: NDArray[np.int64] = np.bincount(known["row"].to_numpy(), minlength=frame.height)
+    return counts
+
+
+def hit_shares(hits: NDArray[np.int64], inputs: NDArray[np.int64], block_tokens: int) -> NDArray[np.float64]:
+    """The share of each input that is known, from its known blocks, the last of which may not be full."""
+    shares: NDArray[np.float64] = np.minimum(hits * block_tokens, inputs) / inputs
+    return shares
 
 
 @dataclass
@@ -55,17 +67,22 @@ class HitTally:
 
     def add(
         self, input_tokens: NDArray[np.int64], known: NDArray[np.int64], system: Ids, system_blocks: NDArray[np.int64]
-    ) -> None:
-        """Rows in order of arrival: blocks `known` from the turn before (-1: none), system prompt, its blocks."""
+    ) -> NDArray[np.int64]:
+        """Rows in order of arrival: blocks `known` from the turn before (-1: none), system prompt, its blocks.
+
+        Returns how many blocks of each were known.
+        """
         rows = pl.DataFrame({"system": system, "blocks": system_blocks})
         before = pl.col("blocks").cum_max().over("system").shift(1).over("system")
         earlier = pl.col("system").replace_strict(self.most, default=0, return_dtype=pl.Int64)
         seen = rows.select(pl.max_horizontal(before.fill_null(0), earlier)).to_series().to_numpy()
         alone = np.minimum(seen, system_blocks)
-        self.hit_blocks += int(np.maximum(known, alone).sum())
+        hits: NDArray[np.int64] = np.maximum(known, alone)
+        self.hit_blocks += int(hits.sum())
         self.input_tokens += int(input_tokens.sum())
         for number, blocks in rows.group_by("system").agg(pl.col("blocks").max()).iter_rows():
             self.most[number] = max(blocks, self.most.get(number, 0))
+        return hits
 
     @property
     def rate(self) -> float:

@@ -5,16 +5,19 @@ places the points of a process of unit rate on the clock (time rescaling, Brown 
 """
 
 import math
-import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tracegen.durations import NS_PER_S, parse_duration_ns
 from tracegen.errors import TraceError
+
+if TYPE_CHECKING:
+    import polars as pl
 
 Floats = NDArray[np.float64]
 HOUR_S, DAY_S, WEEK_S = 3600.0, 86400.0, 604800.0
@@ -91,13 +94,18 @@ def linear_path(rates: Floats, at_s: Floats) -> RatePath:
     return RatePath(at_s, rates[:-1], rates[1:])
 
 
+def is_curve_file(text: str) -> bool:
+    """Whether a rate or a profile is the name of a file (see `read_curve`)."""
+    return text.endswith((".csv", ".parquet"))
+
+
 def parse_rate(text: str, duration_s: float) -> RatePath:
     """The rate over [0, `duration_s`] that `text` means, in requests/s.
 
     `5`; `1..5`, a ramp over the whole duration; `0.5,1,2`, steps of equal length; `0.5,1,2:60s`, steps of 60 s, the
     last one staying; or a file (see `read_curve`). Raises `TraceError` for anything else.
     """
-    if re.search(r"\.(csv|parquet)$", text):
+    if is_curve_file(text):
         return read_curve(text)
     steps, _, hold = text.partition(":")
     ramp = steps.split("..")
@@ -146,7 +154,7 @@ def parse_profile(text: str, duration_s: float) -> RatePath:
     One of `PROFILES`, from midnight UTC (a week: of Monday) or, with `@14h`, from so much later on; its mean over whole
     periods is 1. Or a file (see `read_curve`), divided by its own mean. Raises `TraceError` for anything else.
     """
-    if re.search(r"\.(csv|parquet)$", text):
+    if is_curve_file(text):
         curve = read_curve(text)
         return curve.times(steps_path(np.array([1 / curve.mean_rps]), curve.at_s[[0, -1]]))
     name, _, start = text.partition("@")
@@ -173,17 +181,14 @@ def read_curve(path: str | Path) -> RatePath:
     """
     import polars as pl
 
+    from tracegen.schema import check_trace
+
     path = Path(path)
-    try:
-        frame = pl.read_csv(path) if path.suffix == ".csv" else pl.read_parquet(path, glob=False)
-    except FileNotFoundError:
-        raise TraceError(f"{path}: no such file; a rate curve is CSV or Parquet with columns time and rate") from None
-    except (pl.exceptions.PolarsError, OSError) as error:
-        raise TraceError(f"{path}: not readable ({str(error).splitlines()[0]}); use columns time and rate") from None
+    frame = _read_frame(path)
     if "arrival_ns" in frame.columns:
-        at_s = frame["arrival_ns"].to_numpy() / NS_PER_S
+        at_s = check_trace(frame, str(path))["arrival_ns"].to_numpy() / NS_PER_S
         counts = np.bincount((at_s // 60).astype(np.int64))[:-1]  # the last minute may be a part of one
-        if counts.size == 0:
+        if not counts.any():
             raise TraceError(f"{path}: lasts less than a minute, in which its rate is counted; use a longer trace")
         return steps_path(counts / 60.0, np.arange(counts.size + 1, dtype=np.float64) * 60)
     columns = []
@@ -201,3 +206,20 @@ def read_curve(path: str | Path) -> RatePath:
     if (back := np.diff(at_s) <= 0).any():
         raise TraceError(f"{path}: row {int(back.argmax()) + 1}, column 'time': is not later than the row before")
     return linear_path(rates, at_s)
+
+
+def _read_frame(path: Path) -> "pl.DataFrame":
+    """The rows of the CSV or Parquet file at `path`."""
+    import polars as pl
+
+    from tracegen.schema import read_table
+
+    if not path.exists():
+        raise TraceError(f"{path}: no such file; a rate curve is CSV or Parquet with columns time and rate")
+    if path.suffix == ".parquet":
+        return read_table(path)[0]
+    try:
+        return pl.read_csv(path, glob=False)
+    except (pl.exceptions.PolarsError, OSError) as error:
+        why = str(error).splitlines()[0]
+        raise TraceError(f"{path}: not readable ({why}); use columns time and rate") from None

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tracegen.buckets import INPUT_EDGES, OUTPUT_EDGES
-from tracegen.console import format_si, print_table, say
+from tracegen.console import format_si, plural, print_table, say
 from tracegen.durations import NS_PER_S, format_duration
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ def headline(document: Mapping[str, Any]) -> str:
     """Requests, span, rate and mean lengths in one line."""
     span = format_duration(round(document["span_s"] * NS_PER_S))
     return (
-        f"{document['requests']:,} requests over {span} ({format_si(document['rate_rps'])}/s), on average "
+        f"{plural(document['requests'], 'request')} over {span} ({format_si(document['rate_rps'])}/s), on average "
         f"{format_si(document['input_tokens']['mean'], digits=4)} tokens in and "
         f"{format_si(document['output_tokens']['mean'], digits=4)} out"
     )
@@ -168,7 +168,7 @@ def _origin(metadata: Mapping[str, Any]) -> str:
     if "seed" in metadata:
         said.append(f"seed {metadata['seed']}")
     if "parameters" in metadata:
-        said.append(json.dumps(metadata["parameters"]).strip("{}").replace('"', ""))
+        said.append(json.dumps(metadata["parameters"])[1:-1].replace('"', ""))
     if "source" in metadata:
         said.append(f"from {metadata['source'].get('file')} (sha256 {str(metadata['source'].get('sha256'))[:12]})")
     return ", ".join(part for part in said if part)

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from tracegen.errors import TraceError
 
 SCHEMA_VERSION = "1.0"
+_EARLIER = "is earlier than the row before; sort the trace by arrival_ns"
 _NOT_OURS = ("ARROW:", "pandas", "huggingface")  # what libraries leave in a Parquet file's metadata
 
 TRACE = pl.Schema(
@@ -41,11 +42,12 @@ TRACE_OPTIONAL = pl.Schema(
 )
 
 
-def check_trace(frame: pl.DataFrame, source: str) -> pl.DataFrame:
+def check_trace(frame: pl.DataFrame, source: str, first_row: int = 0) -> pl.DataFrame:
     """`frame` with its known columns in the schema's types and order; unknown columns are kept, behind them.
 
-    Raises `TraceError` naming `source`, row and column for a missing column, a type that does not convert
-    without loss, a null, a zero length, a negative or decreasing arrival, or a repeated `request_id`.
+    Raises `TraceError` naming `source`, row (in a part of a trace counted from its `first_row` on) and column for a
+    missing column, a type that does not convert without loss, a null, a zero length, a negative or decreasing arrival,
+    or a repeated `request_id`.
     """
     missing = [name for name in TRACE if name not in frame.columns]
     if missing:
@@ -55,29 +57,27 @@ def check_trace(frame: pl.DataFrame, source: str) -> pl.DataFrame:
         )
     known = pl.Schema({**TRACE, **{n: t for n, t in TRACE_OPTIONAL.items() if n in frame.columns}})
     frame = frame.select(
-        *(_cast(frame, name, dtype, source) for name, dtype in known.items()),
+        *(_cast(frame, name, dtype, source, first_row) for name, dtype in known.items()),
         *(name for name in frame.columns if name not in known),
     )
+
+    def refuse(name: str, wrong: pl.Expr, why: str) -> None:
+        _refuse(frame, wrong, name, source, why, first_row)
+
     for name in TRACE:
-        _refuse(frame, pl.col(name).is_null(), name, source, "is null")
+        refuse(name, pl.col(name).is_null(), "is null")
     if frame.is_empty():
         raise TraceError(f"{source}: the trace has no rows; synthesize one with 'tracegen synth'")
-    _refuse(frame, pl.col("arrival_ns") < 0, "arrival_ns", source, "is negative; arrivals count from the trace's start")
-    _refuse(
-        frame,
-        pl.col("arrival_ns").diff().fill_null(0) < 0,
-        "arrival_ns",
-        source,
-        "is earlier than the row before; sort the trace by arrival_ns",
-    )
+    refuse("arrival_ns", pl.col("arrival_ns") < 0, "is negative; arrivals count from the trace's start")
+    refuse("arrival_ns", pl.col("arrival_ns").diff().fill_null(0) < 0, _EARLIER)
     for name in ("input_tokens", "output_tokens"):
-        _refuse(frame, pl.col(name) == 0, name, source, "is zero; a request has at least one token each way")
+        refuse(name, pl.col(name) == 0, "is zero; a request has at least one token each way")
     if frame["request_id"].n_unique() < frame.height:
-        _refuse(frame, ~pl.col("request_id").is_first_distinct(), "request_id", source, "occurs twice; ids are unique")
+        refuse("request_id", ~pl.col("request_id").is_first_distinct(), "occurs twice; ids are unique")
     return frame
 
 
-def _cast(frame: pl.DataFrame, name: str, dtype: pl.DataType, source: str) -> pl.Series:
+def _cast(frame: pl.DataFrame, name: str, dtype: pl.DataType, source: str, first_row: int) -> pl.Series:
     """Column `name` as `dtype`; a value that does not convert is named with its row."""
     series = frame[name]
     if series.dtype == dtype:
@@ -85,12 +85,12 @@ def _cast(frame: pl.DataFrame, name: str, dtype: pl.DataType, source: str) -> pl
     if not _convertible(series.dtype, dtype):
         raise TraceError(f"{source}: column '{name}' is {series.dtype}, not {dtype}")
     if series.dtype.is_float():
-        _refuse(frame, pl.col(name) != pl.col(name).round(), name, source, "is not a whole number")
+        _refuse(frame, pl.col(name) != pl.col(name).round(), name, source, "is not a whole number", first_row)
     cast = series.cast(dtype, strict=False)
     lost = cast.is_null() & series.is_not_null()
     if dtype.is_nested():
         lost |= cast.list.eval(pl.element().is_null()).list.sum() > series.list.eval(pl.element().is_null()).list.sum()
-    _refuse(frame, lost, name, source, f"does not fit {dtype}")
+    _refuse(frame, lost, name, source, f"does not fit {dtype}", first_row)
     return cast
 
 
@@ -105,13 +105,14 @@ def _convertible(have: pl.DataType, want: pl.DataType) -> bool:
     return want.is_integer() and (have.is_integer() or have.is_float())
 
 
-def _refuse(frame: pl.DataFrame, wrong: pl.Expr | pl.Series, name: str, source: str, why: str) -> None:
+def _refuse(frame: pl.DataFrame, wrong: pl.Expr | pl.Series, name: str, source: str, why: str, first_row: int) -> None:
     """Raise `TraceError` for the first row where `wrong` holds."""
     mask = wrong if isinstance(wrong, pl.Series) else frame.select(wrong).to_series()
     row = mask.arg_max() if mask.any() else None
     if row is not None:
         (value,) = frame[name].slice(row, 1).to_list()
-        raise TraceError(f"{source}: row {row}, column '{name}': {'value' if value is None else value} {why}")
+        value = "value" if value is None else value
+        raise TraceError(f"{source}: row {first_row + row}, column '{name}': {value} {why}")
 
 
 def read_trace(path: str | Path) -> pl.DataFrame:
@@ -119,20 +120,60 @@ def read_trace(path: str | Path) -> pl.DataFrame:
 
     Raises `TraceError` when it is missing, not Parquet, of a newer major version, or breaks a rule.
     """
+    frame, metadata = read_table(path)
+    _check_metadata(frame.columns, metadata, path)
+    return check_trace(frame, str(path))
+
+
+def read_table(path: str | Path) -> tuple[pl.DataFrame, dict[str, Any]]:
+    """The rows and the file metadata of the Parquet file at `path`, whatever its columns.
+
+    Raises `TraceError` when it is missing, not Parquet, or damaged.
+    """
     with _reading(path):
         # By pyarrow, which reports a damaged file where polars panics; and a path is a path, never a pattern.
         file = pq.ParquetFile(path, page_checksum_verification=True)
         table = file.read()
         table.validate(full=True)
-        metadata = _own_metadata(file.metadata.metadata)
         # Whole, for column by column it would import pyarrow.compute, 8 MiB; without metadata, of which polars panics
         # where it is no UTF-8.
-        frame = pl.DataFrame(table.replace_schema_metadata())
+        return pl.DataFrame(table.replace_schema_metadata()), _own_metadata(file.metadata.metadata)
+
+
+def read_trace_parts(path: str | Path, rows: int) -> Iterator[pl.DataFrame]:
+    """The trace at `path` in parts of at most `rows`, in memory for one of them, each checked as it is read.
+
+    Raises what `read_trace` does, but that an id occurs twice only where it does so within a part.
+    """
+    with _reading(path):
+        file = pq.ParquetFile(path, page_checksum_verification=True)
+        names, metadata = file.schema_arrow.names, _own_metadata(file.metadata.metadata)
+    _check_metadata(names, metadata, path)
+    first_row, latest_ns = 0, 0
+    with file:
+        batches = file.iter_batches(rows)
+        while True:
+            with _reading(path):
+                batch = next(batches, None)
+                if batch is None:
+                    break
+                batch.validate(full=True)
+                frame = pl.DataFrame(pa.Table.from_batches([batch]).replace_schema_metadata())
+            frame = check_trace(frame, str(path), first_row)
+            if (arrival_ns := int(frame["arrival_ns"][0])) < latest_ns:
+                raise TraceError(f"{path}: row {first_row}, column 'arrival_ns': {arrival_ns} {_EARLIER}")
+            first_row, latest_ns = first_row + frame.height, int(frame["arrival_ns"][-1])
+            yield frame
+    if not first_row:
+        check_trace(pl.DataFrame(file.schema_arrow.remove_metadata().empty_table()), str(path))  # says what is missing
+
+
+def _check_metadata(columns: Sequence[str], metadata: Mapping[str, Any], path: str | Path) -> None:
+    """Raise `TraceError` where the file is of a newer major version, or its blocks have no size."""
     version = str(metadata.get("schema_version", SCHEMA_VERSION))
     if version.partition(".")[0] != SCHEMA_VERSION.partition(".")[0]:
         raise TraceError(f"{path}: schema_version {version}, and this program reads {SCHEMA_VERSION}; update wattrace")
-    check_blocks(frame.columns, metadata, path)
-    return check_trace(frame, str(path))
+    check_blocks(columns, metadata, path)
 
 
 def check_blocks(columns: Sequence[str], metadata: Mapping[str, Any], path: str | Path) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tracegen.errors import TraceError
-from tracegen.prefixes import Ids
+from tracegen.prefixes import Ids, mixed
 from tracegen.streams import random_stream
 
 NONE = np.uint64(2**64 - 1)  # no parent, no client: null in the trace
@@ -26,7 +26,8 @@ class Structure:
     """Clients, sessions and shared prefixes; the default has none.
 
     Turns are geometric with mean `turns`; think times lognormal with median `think_s` and sigma `think_sigma`. ServeGen
-    (Xiang et al. 2025) reports times between turns around 100 s with a long tail; the sigma of 1 is a choice.
+    (Xiang et al. 2025) reports times between turns around 100 s with a long tail; the sigma of 1 is a choice. System
+    prompts are lognormal, too, with median `system_tokens` and sigma `system_sigma`; 0: all of one length.
     """
 
     clients: int = 0
@@ -37,6 +38,7 @@ class Structure:
     max_context: int = 131_072  # tokens of input and output, where a session ends; Llama 3.1's context
     system_prompts: int = 0
     system_tokens: int = 0
+    system_sigma: float = 0.0
     block_tokens: int = 64  # four of vLLM's blocks: short prefixes count, and lists stay short
 
     def __post_init__(self) -> None:
@@ -49,6 +51,7 @@ class Structure:
             ("max_context", 1 < self.max_context < 2**31, "tokens, below 2^31"),
             ("system_prompts", 0 <= self.system_prompts <= 10**6, "a number up to 1,000,000"),
             ("system_tokens", 0 <= self.system_tokens < 2**31, "tokens, below 2^31"),
+            ("system_sigma", 0 <= self.system_sigma <= 5, "a number from 0 to 5"),
             ("block_tokens", 1 <= self.block_tokens <= 2**20, "tokens, 1 or more"),
         )
         for name, sound, wanted in rules:
@@ -136,6 +139,18 @@ def system_prompts(structure: Structure, count: int, seed: int, window: int, suf
     stream = random_stream(seed, f"system{suffix}", window)
     numbers = stream.choice(structure.system_prompts, count, p=zipf_shares(structure.system_prompts, structure.zipf))
     return numbers.astype(np.uint64) | np.uint64(2**63)  # which no session is
+
+
+def system_lengths(structure: Structure, numbers: Ids) -> Ints:
+    """How many tokens the system prompts have that `numbers` name; the same prompt has as many everywhere."""
+    if not structure.system_sigma:
+        return np.full(numbers.size, structure.system_tokens)
+    from scipy.special import ndtri
+
+    normal = ndtri(((mixed(numbers) >> np.uint64(11)).astype(np.float64) + 0.5) / 2.0**53)
+    tokens = np.rint(structure.system_tokens * np.exp(structure.system_sigma * normal))
+    lengths: Ints = np.minimum(tokens, 2.0**31 - 1).astype(np.int64)
+    return lengths
 
 
 def client_numbers(structure: Structure, count: int, seed: int, window: int, suffix: str) -> Ids:

@@ -115,7 +115,7 @@ class Source(AbstractContextManager["Source"]):
             raise TraceError(f"{path}: cannot be read ({error.strerror})") from None
 
     def _open_url(self, url: str) -> IO[bytes]:
-        parts = urllib.parse.urlsplit(url)
+        parts = _split(url)
         self.name = Path(urllib.parse.unquote(parts.path)).name or parts.netloc
         self.said = urllib.parse.urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
         self.location = self.said  # errors quote no key
@@ -238,15 +238,27 @@ class _SafeRedirects(urllib.request.HTTPRedirectHandler):
 
 def _check_scheme(url: str) -> None:
     """Refuse what is not https, but for this machine's own servers."""
-    parts = urllib.parse.urlsplit(url)
+    parts = _split(url)
     if parts.scheme == "https" or (parts.scheme == "http" and parts.hostname in _LOCAL):
         return
     raise TraceError(f"{parts.scheme}://{parts.hostname}: is not an https URL; download the file and name its path")
+
+
+def _split(url: str) -> urllib.parse.SplitResult:
+    """The parts of `url`; raises `TraceError` where it has no such parts."""
+    try:
+        parts = urllib.parse.urlsplit(url)
+        _ = parts.port  # which is read only then
+    except ValueError as error:
+        raise TraceError(f"{url.partition('?')[0]}: is no URL ({error}); check the address") from None
+    return parts
 
 
 def reason_of(error: Exception) -> str:
     """What went wrong, in a few words."""
     if isinstance(error, urllib.error.HTTPError):
         return f"HTTP {error.code} {error.reason}"
+    if isinstance(error, http.client.IncompleteRead):
+        return "the connection ended before the answer did"
     reason = getattr(error, "reason", None) or getattr(error, "strerror", None) or error
     return str(reason).splitlines()[0] if str(reason) else type(error).__name__

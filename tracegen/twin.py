@@ -11,10 +11,11 @@ from numpy.typing import NDArray
 
 from tracegen.describe import DISPERSION_WINDOWS_S, describe
 from tracegen.durations import NS_PER_S
-from tracegen.prefixes import hit_rate
+from tracegen.prefixes import hit_blocks, hit_shares
 from tracegen.schema import read_metadata, read_trace
 
 Sorted = NDArray[np.float64]
+QUARTILES = (25, 50, 75)
 SAMPLES = ("input_tokens", "output_tokens", "gaps_s")
 
 
@@ -41,7 +42,7 @@ def facts(frame: pl.DataFrame, metadata: Mapping[str, Any]) -> Facts:
             "mean_input_tokens": found["input_tokens"]["mean"],
             "mean_output_tokens": found["output_tokens"]["mean"],
             "spearman": found["spearman"],
-            "hit_rate": hit_rate(frame, int(metadata["block_tokens"])) if hashed else None,
+            **_hits(frame, int(metadata["block_tokens"]) if hashed else None),
         },
         dispersion=found["index_of_dispersion"],
         buckets={name: cell["share"] for name, cell in found["buckets"].items()},
@@ -51,6 +52,17 @@ def facts(frame: pl.DataFrame, metadata: Mapping[str, Any]) -> Facts:
             "gaps_s": np.sort(np.diff(frame["arrival_ns"].to_numpy())) / NS_PER_S,
         },
     )
+
+
+def _hits(frame: pl.DataFrame, block_tokens: int | None) -> dict[str, float | None]:
+    """The prefix hit rate of all input tokens, and quartiles of the share of each input that is known."""
+    names = [f"hit_share_p{q}" for q in QUARTILES]
+    if block_tokens is None:
+        return dict.fromkeys(["hit_rate", *names])
+    inputs = frame["input_tokens"].cast(pl.Int64).to_numpy()
+    hits = hit_blocks(frame)
+    shares = np.quantile(hit_shares(hits, inputs, block_tokens), [q / 100 for q in QUARTILES]).tolist()
+    return {"hit_rate": float(hits.sum() * block_tokens / inputs.sum()), **dict(zip(names, shares, strict=True))}
 
 
 def ks_distance(a: Sorted, b: Sorted) -> float | None:

@@ -21,6 +21,7 @@ from tracegen.sessions import (
     NONE,
     Ints,
     client_numbers,
+    system_lengths,
     system_prompts,
     think_times_s,
     turn_counts,
@@ -191,7 +192,7 @@ def _prefix_hashes(plan: Plan, rows: pl.DataFrame, tally: HitTally) -> pl.Series
     nobody = np.zeros(rows.height, np.uint64)
     system = rows["system"].to_numpy() if structure.system_prompts else nobody
     # A prompt's last token is its own: a system prompt may fill the rest.
-    of_system = np.minimum(structure.system_tokens, inputs - 1) * (structure.system_prompts > 0)
+    of_system = np.minimum(system_lengths(structure, system), inputs - 1) * (structure.system_prompts > 0)
     system_blocks = of_system // structure.block_tokens
     if structure.has_sessions:
         owner, blocks = rows["session_id"].to_numpy(), inputs // structure.block_tokens

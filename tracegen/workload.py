@@ -1,7 +1,6 @@
 """What to synthesize, as users ask for it, and the plan that follows: rates, models, windows of time."""
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -11,7 +10,7 @@ from tracegen.arrivals.models import Arrivals, make_arrivals, parse_arrivals
 from tracegen.durations import NS_PER_S, parse_duration_ns
 from tracegen.errors import TraceError
 from tracegen.lengths import Mix, parse_mixes, sample_lengths
-from tracegen.rates import RatePath, parse_profile, parse_rate, steps_path
+from tracegen.rates import RatePath, is_curve_file, parse_profile, parse_rate, steps_path
 from tracegen.schema import file_sha256
 from tracegen.sessions import Structure, turn_counts, unroll
 
@@ -257,6 +256,9 @@ def _metadata(
         more["structure_of_mix"] = changed
     if files := {mix.file: file_sha256(mix.file) for mix, _ in mixes if mix.file}:
         more["mix_files_sha256"] = files
+    texts = [text for text in (asked, workload.profile) if isinstance(text, str)]
+    if files := {text: file_sha256(text) for text in texts if is_curve_file(text)}:
+        more["rate_files_sha256"] = files
     return {
         "generator": "tracegen synth",
         "seed": workload.seed,
@@ -264,23 +266,3 @@ def _metadata(
         "lengths_fitted_to": next(iter(sources.values())) if len(sources) == 1 else sources,
         **more,
     }
-
-
-def command_words(parameters: Mapping[str, Any], duration: str) -> list[str]:
-    """The options of `tracegen synth` that ask for the workload with these metadata `parameters`."""
-    words = ["--mix", str(parameters["mix"]), "--rate", str(parameters.get("rate", parameters["rate_rps"]))]
-    words += ["--duration", duration]
-    if parameters.get("arrivals", "poisson") != "poisson":
-        words += ["--arrivals", str(parameters["arrivals"])]
-    structure = dict(parameters.get("structure", {}))
-    if "system_prompts" in structure:
-        words += ["--system-prompts", f"{structure['system_prompts']}:{structure.get('system_tokens', 0)}"]
-    if "think_s" in structure:
-        words += ["--think", f"{structure['think_s']}s"]
-    for name in ("clients", "turns", "max_context", "block_tokens"):
-        if name in structure:
-            words += [f"--{name.replace('_', '-')}", str(structure[name])]
-    for name in ("profile", "shard"):
-        if name in parameters:
-            words += [f"--{name}", str(parameters[name])]
-    return words

@@ -1,8 +1,8 @@
-"""Write a trace part by part, in memory for one part: to a hidden neighbour, then by rename."""
+"""Write files that are there whole or not at all; a trace part by part, in memory for one part."""
 
 import types
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -12,6 +12,25 @@ import pyarrow.parquet as pq
 
 from tracegen.errors import TraceError
 from tracegen.schema import check_blocks, check_trace, file_metadata
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """A hidden neighbour of `path` with its suffix, to be written instead: it takes the place of `path` at the end.
+
+    An exception leaves what was there. Raises `TraceError` for what the disk says.
+    """
+    partial = path.with_name(f".{path.stem}.partial{path.suffix}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield partial
+        partial.replace(path)
+    except OSError as error:
+        raise TraceError(f"{path}: cannot be written ({error.strerror or error}); choose another output") from None
+    finally:
+        with suppress(OSError):  # there is none, or no folder for one
+            partial.unlink()
+
 
 # Columns that rise or nearly do. As differences they take half the time to write, and a quarter less of the file.
 RISING = frozenset({"request_id", "arrival_ns", "session_id", "parent_id"})

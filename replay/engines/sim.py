@@ -5,15 +5,18 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Self
 
+import aiohttp
 import polars as pl
 
 from replay.engines.attach import ask_models
 from replay.engines.base import Served
 from replay.engines.process import ServerProcess
 from replay.rundir import has_table, scan_table
+from replay.sim.api import RECORD_PATH
 from replay.sim.arguments import capped
 from replay.sim.hardware import Hardware
 from replay.sim.truth import shapley_truth
+from tracegen.errors import ReplayError
 
 
 class SimEngine:
@@ -38,11 +41,12 @@ class SimEngine:
         vllm_args: Sequence[str] = (),
         power_cap_w: float | None = None,
         first_step: int = 0,
+        record_root: Path | None = None,
     ) -> None:
         """`board` is the simulated driver's file; steps and segments are recorded into `run_dir`.
 
         `hardware` has `vllm_args` in it already; the server has to be told them. `power_cap_w` is on the board.
-        Steps are numbered from `first_step` on.
+        Steps are numbered from `first_step` on. `record_root`: where further run directories will be, if any.
         """
         self._hardware = Hardware(capped(hardware.profile, power_cap_w), hardware.tp)
         self._base_url = f"http://127.0.0.1:{port}"
@@ -61,6 +65,7 @@ class SimEngine:
         }
         argv = [sys.executable, "-m", "replay.sim.server", *(str(part) for pair in arguments.items() for part in pair)]
         argv += [f"--vllm-arg={argument}" for argument in vllm_args]
+        argv += [] if record_root is None else ["--record-root", str(record_root)]
         self.command = argv
         self._server = ServerProcess("the simulated engine", argv, log)
 
@@ -77,6 +82,16 @@ class SimEngine:
         """Wait until it answers."""
         await self._server.wait_ready(self._base_url, self._timeout_s, self._progress)
         return await ask_models(self._base_url, self._model, self._timeout_s)
+
+    async def record_into(self, run_dir: Path | None) -> None:
+        """Have what it did written, and the rest recorded into `run_dir` (absolute); None: nowhere."""
+        body = {"run_dir": None if run_dir is None else str(run_dir)}
+        async with (
+            aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=self._timeout_s)) as session,
+            session.post(f"{self._base_url}{RECORD_PATH}", json=body) as answer,
+        ):
+            if answer.status != 200:
+                raise ReplayError(f"the simulated engine records no other run: {await answer.text()}")
 
     def alive(self) -> bool:
         """Whether the server runs."""

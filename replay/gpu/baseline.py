@@ -3,6 +3,7 @@
 import numpy as np
 import polars as pl
 
+POWER_READ = ("t_ns", "sensor_ns", "gpu", "power_instant_mw", "power_average_mw", "energy_mj")  # by `idle_power_w`
 _MIN_UPDATES = 5  # fewer tell nothing
 
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from tracegen.console import make_app, note, print_json, print_table, say
+from tracegen.console import make_app, note, print_json, print_table, prose, say
 from tracegen.durations import parse_duration_ns
 from tracegen.errors import GpuError, ReplayError
 
@@ -50,7 +50,7 @@ def probe(
         print_json([{**asdict(profile), "file": str(path)} for profile, path in found])
         return
     for profile, path in found:
-        say("\n".join(lines(profile)))
+        prose(lines(profile))
         say(f"wrote {path}")
 
 
@@ -94,8 +94,7 @@ def clocks_reset(gpus: AllGpus = None) -> None:
     with closing(open_gpus("nvml")) as opened:
         indices = parse_gpus(gpus) or tuple(device.gpu for device in opened.devices())
         done, refused = reset(opened, indices)
-    for line in done:
-        say(line)
+    prose(done)
     if refused:
         raise GpuError("; ".join(refused))
 

@@ -171,7 +171,7 @@ def lines(profile: SensorProfile) -> list[str]:
             f"  counter  {every}in multiples of {counter.resolution_mj} mJ, at least {counter.smallest_step_mj} mJ"
         )
     if profile.idle_power_w:
-        idle = ", ".join(f"{watts:.1f} W by {source}" for source, watts in profile.idle_power_w.items())
+        idle = ", ".join(f"{watts:,.1f} W by {source}" for source, watts in profile.idle_power_w.items())
         text.append(f"  idle     {idle}")
     if profile.counter_over_instant is not None:
         error = "" if profile.counter_over_instant_se is None else f" ± {profile.counter_over_instant_se:.3f}"
@@ -193,7 +193,7 @@ def _behaviour(sensor: Behaviour) -> str:
             parts.append(f"sees {sensor.window_ns / sensor.period_ns:.0%} of the time")
         if sensor.rise_ns:
             parts.append(f"power follows load in {_ms(sensor.rise_ns)}")
-        parts.append(f"{sensor.off_w:.0f} to {sensor.on_w:.0f} W, R² {sensor.r2:.3f}")
+        parts.append(f"{sensor.off_w:,.0f} to {sensor.on_w:,.0f} W, R² {sensor.r2:.3f}")
     return ", ".join(parts)
 
 

@@ -12,6 +12,7 @@ import msgspec
 
 from replay.sim.hardware import Profile
 
+RECORD_PATH = "/wattrace/record"  # told into which run directory to record, where a server serves several runs
 _DEFAULT_MAX_TOKENS = 16  # OpenAI's and vLLM's for completions
 _MAX_TOKEN_ID = 2**31  # beyond any vocabulary
 _WORDS = [f" word{i}" for i in range(1000)]  # the model's whole vocabulary

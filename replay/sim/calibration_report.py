@@ -13,7 +13,7 @@ from replay.sim.points import SCHEMA, simulate_points
 from replay.sim.profile import EngineModel, load_node
 from replay.sim.published import BUSY_W, IDLE_W, step_times
 from replay.sim.residuals import Spread, add_ratios, knees, levels, spreads, watts_per_unit
-from tracegen.console import print_table, say
+from tracegen.console import print_table, prose, say
 
 _CLOSE_RPS = 0.5  # steps of the rate in the published sweeps
 
@@ -163,7 +163,7 @@ def print_calibration(calibration: Calibration) -> None:
         )  # fmt: skip
         say()
     if document["calibration"].get("simulated"):
-        say("SIMULATED: what was compared with are runs of a simulated engine, no measurements\n")
+        prose(["SIMULATED: what was compared with are runs of a simulated engine, no measurements", ""])
     if "runs" in document:
         _print_runs(document)
     else:
@@ -171,7 +171,7 @@ def print_calibration(calibration: Calibration) -> None:
 
 
 def _print_runs(document: dict[str, Any]) -> None:
-    say("Runs: errors of step durations and of sensor windows, median and p95 of their size")
+    prose(["Runs: errors of step durations and of sensor windows, median and p95 of their size"])
     print_table(
         ("run", "part", "steps", "", "windows", ""),
         [
@@ -218,12 +218,15 @@ def _print_points(document: dict[str, Any]) -> None:
             ],
         )  # fmt: skip
         say()
-    say("P99 TTFT at the highest clock, simulated over measured - 1: median, and median and p95 of its size")
-    for row in document["ttft_at_highest_clock"]:
-        say(f"  TP{row['tp']}: {row['ttft'].median:+.1%}, {', '.join(_cells(row['ttft']))}")
-    say(
-        f"\nHighest rate sustained at the highest clock: {document['saturation_close']} of "
-        f"{len(document['saturation'])} cells within {_CLOSE_RPS} requests/s"
+    rows, of = document["ttft_at_highest_clock"], f"of {len(document['saturation'])} cells"
+    close = f"{document['saturation_close']} {of} within {_CLOSE_RPS} requests/s"
+    prose(
+        [
+            "P99 TTFT at the highest clock, simulated over measured - 1: median, and median and p95 of its size",
+            *(f"  TP{row['tp']}: {row['ttft'].median:+.1%}, {', '.join(_cells(row['ttft']))}" for row in rows),
+            "",
+            f"Highest rate sustained at the highest clock: {close}",
+        ]
     )
     print_table(
         ("cell", "measured", "simulated"),
@@ -236,13 +239,14 @@ def _print_points(document: dict[str, Any]) -> None:
         ],
     )  # fmt: skip
     watts = document["watts_per_unit_of_power"]
-    say(f"\nsimulated W for one unit of power: {watts['median']:.2f} (p5 {watts['p5']:.2f}, p95 {watts['p95']:.2f})")
+    said = f"simulated W for one unit of power: {watts['median']:.2f} (p5 {watts['p5']:.2f}, p95 {watts['p95']:.2f})"
+    prose(["", said])
 
 
 def _print_spreads(title: str, groups: list[tuple[dict[str, Any], dict[str, Any]]]) -> None:
-    say(title)
+    prose([title])
     if not groups:
-        say("  none: no point below saturation has one at the highest clock of the same TP, bucket and rate\n")
+        prose(["  none: no point below saturation has one at the highest clock of the same TP, bucket and rate", ""])
         return
     columns = ("points", "power measured", "simulated", "error", "p95", "TTFT measured", "simulated", "error", "p95")
     rows = []

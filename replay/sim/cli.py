@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from tracegen.console import make_app, note, print_json, print_table, say
+from tracegen.console import make_app, note, print_json, print_table, prose
 from tracegen.errors import ReplayError
 
 sim_app = make_app("What the simulated engine can simulate.")
@@ -52,7 +52,7 @@ def profiles(as_json: AsJson = False) -> None:
         ],
         left=[True, True, True, False, False, True],
     )
-    say("Without 'calibrated', constants are carried over from other models or hardware; --json says which.")
+    prose(["Without 'calibrated', constants are carried over from other models or hardware; --json says which."])
 
 
 @sim_app.command()

@@ -60,6 +60,7 @@ class Engine:
         self._streams: dict[Request, Stream] = {}
         self._wake = asyncio.Event()
         self._stopping = False
+        self._stepping = False
         self._free_ns = 0  # the next step may start from here on
         self._idle_clocks_mhz: list[int] = []
         self._temperature_c = math.nan  # of the GPUs, at `_warm_ns`
@@ -101,6 +102,11 @@ class Engine:
         }
 
     @property
+    def idle(self) -> bool:
+        """Whether there is no request, and no step under way."""
+        return not (self._stepping or self._busy or self._inbox)
+
+    @property
     def preemptions(self) -> int:
         """Preemptions since the start."""
         return self._scheduler.preemptions
@@ -120,6 +126,7 @@ class Engine:
         """Run steps until `stop`, then unload the model. `load` comes before."""
         try:
             while (start_ns := await self._next_start_ns()) is not None:
+                self._stepping = True
                 self._admit(start_ns)
                 batch = self._scheduler.schedule()
                 clock_mhz = min(self._board.clock_mhz(gpu) for gpu in self._gpus)  # the group runs in lock step
@@ -131,6 +138,7 @@ class Engine:
                 self._recorder.add(start_ns, end_ns, batch.work, batch.parts, *state)
                 self._hand_out(end_ns)
                 self._free_ns = end_ns
+                self._stepping = False
         finally:
             self._unload()
 

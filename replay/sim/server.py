@@ -21,7 +21,7 @@ from aiohttp import web
 
 from replay.clock import SleepTimer
 from replay.gpu.sim import SimBoard
-from replay.sim.api import Answer, ApiError, Completion, parse_completion
+from replay.sim.api import RECORD_PATH, Answer, ApiError, Completion, parse_completion
 from replay.sim.arguments import with_arguments
 from replay.sim.blocks import content_keys
 from replay.sim.engine import Engine, Stream
@@ -37,6 +37,7 @@ from tracegen.errors import ReplayError
 _FLUSH_S = 0.8  # with the time of writing, what a killed engine loses stays below a second
 _MAX_BODY_BYTES = 64 * 2**20  # far beyond max_model_len, so that an overlong prompt is told so
 _REQUEST_ID_HEADER = "X-Request-Id"
+_IDLE_S = 0.01
 _GRACE_S = 0.1  # for open streams at the end; their tokens will not come any more
 _BACKLOG = 1024  # open-loop clients connect in bursts
 _MAX_REQUEST_ID = 2**64 - 1
@@ -57,13 +58,17 @@ class Settings:
     instance: int = 0
     first_step: int = 0  # where the numbers of its steps begin
     exit_with_parent: bool = False  # stop when stdin closes
+    record_root: Path | None = None  # other run directories below it can be told to the running server
 
 
 class Api:
     """The HTTP handlers of one engine."""
 
-    def __init__(self, engine: Engine, scheduler: Scheduler, profile: Profile, model: str) -> None:
+    def __init__(
+        self, engine: Engine, scheduler: Scheduler, profile: Profile, model: str, recording: "Recording"
+    ) -> None:
         """`scheduler` is the engine's, asked here only whether a request fits."""
+        self._recording = recording
         self._engine, self._scheduler, self._profile, self._model = engine, scheduler, profile, model
         self._start_s = int(time.time())
 
@@ -79,6 +84,8 @@ class Api:
                 web.get("/metrics", self.metrics),
             ]
         )
+        if self._recording.root is not None:
+            app.add_routes([web.post(RECORD_PATH, self.record)])
         return app
 
     async def completions(self, http: web.Request) -> web.StreamResponse:
@@ -130,6 +137,17 @@ class Api:
     async def version(self, _: web.Request) -> web.Response:
         """Whose version this is, and that it is simulated."""
         return _json({"version": f"wattrace {version('wattrace')} (simulated)"})
+
+    async def record(self, http: web.Request) -> web.Response:
+        """Let the engine end what it does, and record into another run directory; without one, nowhere."""
+        name = (await http.json()).get("run_dir")
+        while not self._engine.idle:  # noqa: ASYNC110 - a step under way is milliseconds long
+            await asyncio.sleep(_IDLE_S)
+        try:
+            await self._recording.move(None if name is None else Path(name))
+        except ReplayError as error:
+            return web.Response(status=400, text=str(error))
+        return web.Response()
 
     async def metrics(self, _: web.Request) -> web.Response:
         """Counters in Prometheus's text format."""
@@ -184,7 +202,8 @@ async def serve(settings: Settings) -> None:
         recorder.skip(settings.first_step)
         scheduler = Scheduler(hardware.limits)
         engine = Engine(scheduler, hardware, board, settings.gpus, recorder, sleep_until_ns=timer.sleep_until_ns)
-        app = Api(engine, scheduler, profile, settings.model).application()
+        recording = Recording(recorder, settings.record_root)
+        app = Api(engine, scheduler, profile, settings.model, recording).application()
         runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=_GRACE_S)
         await runner.setup()
         _stop_on_signals(engine, exit_with_parent=settings.exit_with_parent)
@@ -193,20 +212,44 @@ async def serve(settings: Settings) -> None:
         try:
             await web.SockSite(runner, listener).start()
             say(f"SIMULATED engine: {settings.model} on {settings.tp} x {profile.gpu_name} at {_url(listener)}")
-            await _run(engine, recorder)
+            await _run(engine, recording)
         finally:
             await runner.cleanup()
 
 
-async def _run(engine: Engine, recorder: StepWriter) -> None:
-    """Run `engine` to its end, flushing `recorder` from a thread of its own."""
+class Recording:
+    """Who writes what an engine did, and where."""
+
+    def __init__(self, recorder: StepWriter, root: Path | None) -> None:
+        """`root`: the folder below which all run directories are that it may be moved to."""
+        self.root = None if root is None else root.resolve()
+        self._recorder, self._writing = recorder, asyncio.Lock()
+
+    async def flush(self) -> None:
+        """Write what was recorded, in a thread."""
+        async with self._writing:
+            await asyncio.to_thread(self._recorder.write, self._recorder.take())
+
+    async def move(self, run_dir: Path | None) -> None:
+        """Write what was recorded, then record into `run_dir`. Raises `ReplayError` for one that may not be."""
+        await self.flush()
+        self._recorder.move(None if run_dir is None else self._allowed(run_dir))
+
+    def _allowed(self, run_dir: Path) -> Path:
+        if self.root is None or not run_dir.resolve().is_relative_to(self.root):
+            raise ReplayError(f"{run_dir} is not below {self.root}")
+        return run_dir
+
+
+async def _run(engine: Engine, recording: Recording) -> None:
+    """Run `engine` to its end, writing what it did as it goes."""
     ended = asyncio.Event()
 
     async def flush() -> None:
         while not ended.is_set():
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(ended.wait(), _FLUSH_S)
-            await asyncio.to_thread(recorder.write, recorder.take())
+            await recording.flush()
 
     async with asyncio.TaskGroup() as group:
         group.create_task(flush())
@@ -280,6 +323,9 @@ def main(
         list[str] | None, typer.Option(help="Option of `vllm serve` on batching, repeatable.", show_default="none")
     ] = None,
     exit_with_parent: Annotated[bool, typer.Option("--exit-with-parent", help="Stop when stdin closes.")] = False,
+    record_root: Annotated[
+        Path | None, typer.Option(help="Folder of further run directories; a sweep names them.", show_default="none")
+    ] = None,
 ) -> None:
     """Serve a SIMULATED model: real HTTP and real waiting, computed step times and power.
 
@@ -300,6 +346,7 @@ def main(
         instance=instance,
         first_step=first_step,
         exit_with_parent=exit_with_parent,
+        record_root=record_root,
     )
     uvloop.run(serve(settings))
 

@@ -146,6 +146,11 @@ class VirtualEngines:
         """Preemptions so far, over all instances."""
         return int(self._lanes.state["preemptions"].sum())
 
+    @property
+    def waiting(self) -> int:
+        """Requests that wait now, over all instances."""
+        return int(self._lanes.state["waiting"].sum())
+
     def _take(self) -> Output:
         counts = self._buffers.counts
         steps, segments, done = (int(counts[name][0]) for name in ("steps", "segments", "done"))

@@ -5,7 +5,7 @@ import signal
 import tempfile
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -34,11 +34,11 @@ from replay.sim.hardware import Hardware
 from replay.sim.sensors import Ints
 from replay.sim.truth import shapley_truth
 from replay.sim.virtual import ARRIVAL, Output, VirtualEngines
+from replay.source import Survey, TraceSource
 from replay.tables import ARRIVALS, POWER, REQUESTS, REQUESTS_OPTIONAL, SEGMENTS, TRUTH
 from replay.verdicts import validity
 from replay.virtual.judge import Judge
 from replay.virtual.node import Block, NodePower
-from replay.virtual.source import Survey, TraceSource
 from replay.virtual.tables import (
     STEPS_OF_SIM,
     Columns,
@@ -57,12 +57,17 @@ BEGIN_NS = 10 * NS_PER_S  # when the sensors are first read, on a clock that sta
 _SETTLE_NS = NS_PER_S // 2  # as in wall time: between the last work and idle power, and before the first request
 TRUTH_REQUESTS = 2000  # runs of more have no truth.parquet unless it is asked for
 CHUNK_TOKENS = 10_000_000  # runs of more output tokens do not keep the time of each
+# Asked while the trace is fed: seconds since its first request, requests fed, in the trace, waiting in the engines.
+# A text is why the run is to end.
+Watch = Callable[[float, int, int, int], str | None]
+_LOOKS, _LEAST_ROWS = 64, 16  # looks at a run that is watched; each costs a row group in every table
 _LOADING = "loading the simulated engine (its first use on a machine compiles it, half a minute)"
 
 
-def run_virtual(options: RunOptions, progress: Progress) -> Path:
+def run_virtual(options: RunOptions, progress: Progress, watch: Watch | None = None) -> Path:
     """Serve `options.trace` in virtual time and return the run directory.
 
+    `watch` may end the run early, which is then `interrupted`: what was sent by then is served to its end.
     Raises a `WattraceError` when it cannot be done. Whatever ends it early, Ctrl-C too, leaves no run directory.
     """
     plan = make_plan(options)
@@ -81,15 +86,15 @@ def run_virtual(options: RunOptions, progress: Progress) -> Path:
     progress.status(_LOADING)
     made = claim(plan.run_dir)
     try:
-        with _signals_as_interrupt(), hold(plan.run_dir):
+        with signals_as_interrupt(), hold(plan.run_dir):
             manifest = _manifest(plan, survey, progress)
             write_manifest(plan.run_dir, manifest)
             with ExitStack() as stack:
-                _Run(plan, hardware, source, survey, manifest, progress, stack).serve()
+                _Run(plan, hardware, source, survey, manifest, progress, stack, watch).serve()
             if survey.requests <= TRUTH_REQUESTS if options.truth is None else options.truth:
                 progress.status("computing what each request truly cost")
                 _write_truth(plan.run_dir, hardware)
-            write_manifest(plan.run_dir, manifest | {"state": "complete"})
+            write_manifest(plan.run_dir, manifest)
     except BaseException as error:
         clear(plan, error, keep_folder=not made)
         if isinstance(error, OSError):  # a full or failing disk is nobody's bug
@@ -100,7 +105,7 @@ def run_virtual(options: RunOptions, progress: Progress) -> Path:
 
 
 @contextmanager
-def _signals_as_interrupt() -> Iterator[None]:
+def signals_as_interrupt() -> Iterator[None]:
     """SIGTERM and SIGHUP end the run as Ctrl-C does; only a process's main thread can see to it."""
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -125,11 +130,12 @@ class _Run:
         manifest: dict[str, Any],
         progress: Progress,
         stack: ExitStack,
+        watch: Watch | None,
     ) -> None:
         """`stack` closes the tables; `manifest` grows."""
         options, profile = plan.options, hardware.profile
         self._plan, self._source, self._survey = plan, source, survey
-        self._manifest, self._progress = manifest, progress
+        self._manifest, self._progress, self._watch = manifest, progress, watch
         self._lock_mhz = manifest["instances"][0]["freq_mhz"] or profile.clocks_mhz.max
         self._before_ns = BEGIN_NS + _SETTLE_NS, BEGIN_NS + _SETTLE_NS + options.idle_ns
         self._zero_ns = self._before_ns[1] + _SETTLE_NS
@@ -162,11 +168,14 @@ class _Run:
 
     def serve(self) -> None:
         """Serve the whole trace; afterwards the tables are there, and the manifest says what to think of them."""
-        for batch in self._source.batches():
+        stopped: str | None = None
+        for batch in self._watched_batches():
             self._trace.append(batch)
             self._window.admit(batch)
             for output in self._engines.feed(self._arrivals(batch)):
                 self._take(output)
+            if (stopped := self._look(int(batch["arrival_ns"][-1]))) is not None:
+                break
         for output in self._engines.finish():
             self._take(output)
         end_ns = max(self._last_ns, self._zero_ns + 1)
@@ -176,7 +185,23 @@ class _Run:
         self._trace.commit()
         for table in self._tables.values():
             table.commit()
-        self._conclude(end_ns, after_ns)
+        self._conclude(end_ns, after_ns, stopped)
+
+    def _watched_batches(self) -> Iterator[pl.DataFrame]:
+        """The trace in batches, which are short where somebody looks between them."""
+        rows = max(_LEAST_ROWS, self._survey.requests // _LOOKS)
+        for batch in self._source.batches():
+            yield from [batch] if self._watch is None else batch.iter_slices(rows)
+
+    def _look(self, last_ns: int) -> str | None:
+        """Why the run is to end now, after the request that arrived at `last_ns`; None where it goes on."""
+        if self._watch is None:
+            return None
+        at_s = (last_ns - self._survey.first_ns) / NS_PER_S
+        why = self._watch(at_s, self._fed, self._survey.requests, self._engines.waiting)
+        if why is not None:
+            self._judge.stop(self._fed, last_ns)
+        return why
 
     def _arrivals(self, batch: pl.DataFrame) -> RecordArray:
         """The rows of `batch` as the engines take them; their time begins with the trace."""
@@ -243,15 +268,18 @@ class _Run:
         whole["chunk_tokens"] = pa.LargeListArray.from_arrays(offsets, np.ones(times_ns.size, np.uint16))
         self._tables["requests"].append(whole, offsets.size - 1)
 
-    def _conclude(self, end_ns: int, after_ns: tuple[int, int]) -> None:
-        """Enter into the manifest what was measured, and the verdicts."""
+    def _conclude(self, end_ns: int, after_ns: tuple[int, int], stopped: str | None) -> None:
+        """Enter into the manifest what was measured, and the verdicts; `stopped`: why the run ended early."""
         manifest, power = self._manifest, pl.concat(self._idle)
         for entry in manifest["gpus"]:
             entry["idle_power_w"] = idle_power_w(power, entry["gpu"], *self._before_ns)
             entry["idle_power_after_w"] = idle_power_w(power, entry["gpu"], *after_ns)
         mine = [entry for entry in manifest["gpus"] if entry["gpu"] in self._plan.gpus]
         judged = self._judge.verdicts(end_ns, mine)
+        state = "complete" if stopped is None else "interrupted"
         manifest |= {
+            "state": state,
+            **({} if stopped is None else {"stopped_early": stopped, "failure": stopped}),
             "measure_start_ns": self._zero_ns,
             "measure_end_ns": end_ns,
             "stretches": [{"start_ns": self._zero_ns, "end_ns": end_ns, "boot_id": None}],
@@ -259,7 +287,7 @@ class _Run:
             "requests": {"planned": self._survey.requests, "sent": self._fed, "ended": self._ended},
             "preemptions": self._engines.preemptions,
             "verdicts": [asdict(verdict) for verdict in judged],
-            **validity("complete", judged),
+            **validity(state, judged, stopped),
         }
 
     def _report(self) -> None:

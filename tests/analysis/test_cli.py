@@ -15,7 +15,10 @@ from analysis.cli import app, main
 from analysis.energy import attribute
 from analysis.query import query
 
-COMMANDS = ["energy", "methods", "check", "buckets", "latency", "query", "compare", "report"]
+COMMANDS = [
+    *("energy", "methods", "check", "buckets", "latency", "query", "compare", "report"),
+    *("sweep", "recommend", "top"),
+]
 
 
 @pytest.fixture

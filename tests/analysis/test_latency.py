@@ -17,8 +17,8 @@ from analysis.saved import RunEnergy, ensure_energy
 from analysis.serving import METRICS, PERCENTILES, Question, parse_percentiles, serving
 from analysis.serving_text import group_rows, latency_rows, sentences
 from analysis.slo import DEFAULT_SLO, PROFILES, Slo, parse_goodput, parse_slo, split_goodput
-from replay import verdicts
 from replay.rundir import PartWriter
+from replay.sums import Lag, add_up
 from tracegen.errors import AnalysisError, RunError
 
 NO_ENERGY = RunEnergy(None, None, why="not asked for")
@@ -52,7 +52,9 @@ def test_dispatch_lag_is_the_same_figure_to_the_run_itself_and_to_whoever_asks_l
         pl.when(pl.col("row") % 3 == 0).then(pl.lit("timeout")).otherwise("status").alias("status"),
     ).drop("row")
     run = rewrite(run, requests=requests)
-    verdict = verdicts.dispatch_lag(requests)
+    lag = Lag()
+    add_up([lag], lambda columns: [requests.select(columns)])
+    verdict = lag.verdict()
     found = serving(run, ensure_energy(run)).whole["dispatch_lag_ms_p99"]
     assert found == pytest.approx(verdict.value, rel=1e-9)
     lag_ms = (requests["sent_ns"] - requests["scheduled_ns"]).to_numpy() / 1e6

@@ -51,6 +51,19 @@ def test_the_tutorial_runs_as_written(tmp_path):
     assert energy.join(requests, on="request_id", how="inner").height == requests.height > 0
 
 
+def test_the_workload_page_runs_as_written(tmp_path):
+    page = DOCS / "workload.md"
+    for _, text in blocks(page, ("sh",)):
+        done = subprocess.run(
+            ["sh", "-euc", text], cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, f"{text}\n{done.stdout}\n{done.stderr}"
+    for picture in re.findall(r"\(images/(.*?)\)", page.read_text(encoding="utf-8")):
+        assert (tmp_path / picture).read_text(encoding="utf-8").startswith("<svg")
+    assert tomllib.loads((tmp_path / "to-share.toml").read_text(encoding="utf-8"))["privacy"]["epsilon"] == 1
+    assert not (tmp_path / "damaged.parquet").exists()
+
+
 def test_the_queries_run_as_written(virtual_run, tmp_path, monkeypatch, capfd):
     import duckdb
 

@@ -179,7 +179,7 @@ def send_rows(tmp_path_factory):
         urls = [url] if isinstance(url, str) else url
         routes = options.pop("routes", [0] * len(rows))
         config = Config(run_dir=str(folder), fast=kind == "fast", base_urls=urls, model="m", salt=1, **options)
-        cut(trace, np.array(routes), 1, folder, think_time=config.think_time)
+        cut([trace], lambda _: np.array(routes), 1, folder, think_time=config.think_time)
         return Sending(kind, config)
 
     return send_rows

@@ -1,4 +1,4 @@
-"""The commands that a manifest gives are those that made the run: they ask for the same options, the same trace."""
+"""The command that a manifest gives is the one that made the run: it asks for the same options."""
 
 import json
 import shlex
@@ -11,13 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import replay.cli
-import tracegen.cli
-from replay.again import OPTIONS, PLACES, exact_duration, options_of, replay_command, tracegen_commands
+from replay.again import OPTIONS, PLACES, options_of, replay_command
 from replay.manifest import _arguments
 from replay.plan import RunOptions
-from tracegen.durations import parse_duration_ns
 from tracegen.errors import ReplayError, RunError
-from tracegen.schema import read_metadata
 
 WORDS = st.text(st.characters(codec="utf-8", exclude_categories=("C",)), min_size=1, max_size=8)
 NAMES = WORDS.filter(lambda text: not text.startswith("-"))
@@ -93,37 +90,3 @@ def test_arguments_of_another_program_are_not_guessed():
     for arguments in (None, {}, {"trace": "a", "tp": "two"}):
         with pytest.raises(RunError, match="do not tell how the run was asked for"):
             options_of({"arguments": arguments})
-
-
-@given(DURATIONS)
-def test_durations_are_written_to_the_nanosecond(ns):
-    assert parse_duration_ns(exact_duration(ns)) == ns
-
-
-def test_the_lines_that_made_a_trace_make_it_again(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "azure.csv").write_text(
-        "TIMESTAMP,ContextTokens,GeneratedTokens\n"
-        + "".join(f"2023-11-16 18:15:{s:02}.5000000,{100 + s},{10 + s}\n" for s in range(60))
-    )
-    made = [
-        "tracegen synth --mix code --rate 0.7 --duration 90s --seed 3 -o first.parquet",
-        "tracegen scale first.parquet --rate 2.5 --seed 4 -o second.parquet",
-        "tracegen slice second.parquet --start 1500ms --duration 60s -o third.parquet",
-        "tracegen import azure azure.csv --label conv --skip-bad -o fourth.parquet",
-        (
-            "tracegen import table azure.csv --label mine --limit 50 --map "
-            "arrival=TIMESTAMP,input=ContextTokens,output=GeneratedTokens --time-unit iso -o fifth.parquet"
-        ),
-    ]
-    command = typer.main.get_command(tracegen.cli.app)
-    for line in made:
-        command.main(shlex.split(line)[1:], standalone_mode=False)
-    assert tracegen_commands(read_metadata("third.parquet"), "third.parquet") == made[:3]
-    assert tracegen_commands(read_metadata("fourth.parquet"), "fourth.parquet") == made[3:4]
-    assert tracegen_commands(read_metadata("fifth.parquet"), "fifth.parquet") == made[4:]
-
-
-def test_a_trace_that_does_not_say_how_it_was_made_has_no_lines():
-    for metadata in ({}, {"generator": "mine"}, {"generator": "tracegen synth", "parameters": {"mix": "chat"}}):
-        assert tracegen_commands(metadata, "trace.parquet") == []

@@ -159,6 +159,16 @@ def test_json_is_one_document_on_stdout(run_cli, make_trace, sim_server, tmp_pat
     assert (summary["run"], summary["state"], summary["requests_ok"]) == (str(tmp_path / "run"), "complete", 1)
 
 
+def test_everything_fits_a_terminal_of_80_columns(run_cli, sim_run, terminal, monkeypatch):
+    monkeypatch.chdir(sim_run.parent)  # else paths are wider than anything
+    for arguments in (["show", sim_run.name], ["check", sim_run.name], ["sim", "profiles"]):
+        whole = run_cli(*arguments)[1].partition("repeated by")[0]  # what is to be copied stays on one line
+        shown = terminal(lambda arguments=arguments: run_cli(*arguments))
+        lines = shown[: shown.index("repeated by")] if "repeated by" in shown else shown
+        assert max(map(len, lines)) <= 80, arguments
+        assert set(" ".join(lines).split()) >= set(whole.split()), arguments
+
+
 def test_gpus_and_metadata_are_parsed():
     assert parse_gpus("0,2-4,7") == (0, 2, 3, 4, 7)
     assert parse_gpus(None) is None

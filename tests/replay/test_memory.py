@@ -7,17 +7,17 @@ import sys
 import tracemalloc
 from array import array
 
-import numpy as np
 import polars as pl
 import pytest
 
 from replay import compaction, session
-from replay.compaction import compact_requests
+from replay.compaction import compact
 from replay.cut import cut
 from replay.live import QuietProgress
 from replay.plan import RunOptions
 from replay.records import RecordStore
 from replay.reqlog import RequestLog
+from replay.router import Router
 from replay.rundir import Run, table_batches
 from replay.shards import read_rows
 from replay.stream import Record
@@ -34,7 +34,7 @@ def send_all(run_dir, requests):
     trace = pl.DataFrame(columns, schema=TRACE)
     (run_dir / f"{requests}").mkdir()
     config = Config(run_dir=str(run_dir / f"{requests}"), base_urls=["http://x"], model="m", salt=1)
-    cut(trace, np.zeros(requests, np.int64), 1, config.path, think_time=False)
+    cut([trace], Router("session", 1).assign, 1, config.path, think_time=False)
     del trace, columns
     tracemalloc.start()
     work, tally, in_flight = Workload(config, read_rows(config.path, 0)), Tally(), []
@@ -101,7 +101,7 @@ def test_the_table_is_put_together_from_a_few_parts_at_a_time_however_long_the_r
     for seconds in (20, 200):
         most.append(0)
         run_dir = make_run(seconds)
-        compact_requests(run_dir)
+        compact(run_dir, "requests", ["scheduled_ns", "request_id"])
         assert Run(run_dir, {}).scan("requests").collect()["scheduled_ns"].to_list() == list(range(50 * seconds + 1))
     assert most[1] == most[0] < 400
     batches = [batch.height for batch in table_batches(run_dir, "requests", ["request_id", "chunk_ns"])]
@@ -120,7 +120,7 @@ def test_the_trace_is_not_kept_while_it_is_sent(make_trace, tmp_path, sim_server
     monkeypatch.setattr(session, "show", look)
     trace = make_trace(tmp_path / "trace.parquet", [(10 * i, 20, 2) for i in range(37)])
     asyncio.run(session.run(RunOptions(trace, engine=sim_server, output=tmp_path / "run"), QuietProgress()))
-    assert kept == [[["arrival_ns"]]]
+    assert kept == [[]]
 
 
 def test_allocators_are_chosen_before_what_allocates_is_loaded():

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 from replay import plan as plan_module
 from replay.engines.vllm import DEFAULT_MODEL
-from replay.plan import RunOptions, fit_lengths, make_plan
+from replay.plan import RunOptions, make_plan
 from replay.router import LEAST_LOADED, Router
+from replay.source import fit_lengths
 from tracegen.errors import GpuError, ReplayError, TraceError, WattraceError
 
 URL = "http://127.0.0.1:9"
@@ -21,6 +22,10 @@ URL = "http://127.0.0.1:9"
 def trace(make_trace, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     return make_trace(tmp_path / "my trace.parquet", [(0, 10, 5), (1000, 20, 5), (2000, 30, 5)])
+
+
+def sent(plan):
+    return pl.concat(plan.source.batches())
 
 
 class Driver:
@@ -50,6 +55,8 @@ class Driver:
         ({"duration_ns": 0}, "no request arrives within --duration"),
         ({"hardware": "abacus"}, "--hardware abacus: use dgx-a100, dgx-h100, dgx-h200, or a TOML file"),
         ({"engine": URL, "hardware": "dgx-h100"}, "--hardware dgx-h100: only the simulated engine chooses"),
+        ({"engine": "http:///v1"}, "--engine http:///v1: names no host, such as http://localhost:8000"),
+        ({"engine": "sim", "endpoint": "chat"}, "--endpoint chat: the simulated engine answers completions only"),
         ({"model": "gpt"}, "--model gpt: the simulated engine knows llama-2-13b, "),
         ({"replicas": 0}, "--replicas 0: must be above 0"),
         ({"replicas": 2, "tp": 2, "gpus": (0, 1)}, "--tp 2 and --replicas 2 need 4 GPUs, but --gpus names 2"),
@@ -109,7 +116,7 @@ def test_priorities_need_a_server_that_schedules_by_them(make_trace, tmp_path, m
 def test_the_default_priority_needs_nothing(make_trace, tmp_path, priorities):
     column = pl.Series(priorities, dtype=pl.Int32)
     trace = make_trace(tmp_path / "p.parquet", [(0, 10, 5), (1, 10, 5)], priority=column)
-    assert make_plan(RunOptions(trace, engine="sim")).trace["priority"].to_list() == priorities
+    assert sent(make_plan(RunOptions(trace, engine="sim")))["priority"].to_list() == priorities
 
 
 @pytest.mark.parametrize("content", ["file", "folder"])
@@ -197,7 +204,7 @@ def test_a_vllm_that_is_too_new_runs_without_steps_and_one_too_old_not_at_all(tr
 
 def test_duration_and_num_prompts_cut_the_trace(trace):
     def ids(**options):
-        return make_plan(RunOptions(trace, engine="sim", **options)).trace["request_id"].to_list()
+        return sent(make_plan(RunOptions(trace, engine="sim", **options)))["request_id"].to_list()
 
     assert ids() == [100, 101, 102]
     assert ids(duration_ns=2_000_000_000) == [100, 101]
@@ -283,9 +290,9 @@ def test_refuse_names_the_first_that_is_too_long():
 
 def test_time_may_be_stretched_and_the_rate_may_rise(make_trace, tmp_path):
     trace = make_trace(tmp_path / "trace.parquet", [(i * 100, 10, 1) for i in range(100)])
-    stretched = make_plan(RunOptions(trace, engine="sim", time_scale=2.5)).trace["arrival_ns"]
+    stretched = sent(make_plan(RunOptions(trace, engine="sim", time_scale=2.5)))["arrival_ns"]
     assert stretched.to_list() == [i * 250_000_000 for i in range(100)]
-    risen = make_plan(RunOptions(trace, engine="sim", ramp_ns=4 * 10**9)).trace["arrival_ns"]
+    risen = sent(make_plan(RunOptions(trace, engine="sim", ramp_ns=4 * 10**9)))["arrival_ns"]
     assert risen.is_sorted()
     assert risen[0] == 0
     counts = [risen.is_between(s * 10**9, (s + 1) * 10**9, closed="left").sum() for s in range(6)]
@@ -309,4 +316,4 @@ def test_what_would_change_nothing_or_leave_nothing_is_refused(make_trace, tmp_p
     trace = make_trace(tmp_path / "trace.parquet", [(i * 100, 10, 1) for i in range(10)], **turns)
     with pytest.raises(ReplayError, match=why):
         make_plan(RunOptions(trace, engine="sim", **options))
-    assert make_plan(RunOptions(trace, engine="sim", ramp_ns=10**9, warmup_ns=9 * 10**8)).trace.height == 10
+    assert make_plan(RunOptions(trace, engine="sim", ramp_ns=10**9, warmup_ns=9 * 10**8)).survey.requests == 10

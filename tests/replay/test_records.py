@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from replay import reqlog
-from replay.compaction import compact_requests
+from replay.compaction import compact
 from replay.metrics import parse_metrics
 from replay.records import RecordStore, check_space, left_over, recover, to_table
 from replay.reqlog import RequestLog, files, pack, unpack
@@ -191,7 +191,7 @@ def test_the_whole_table_is_sorted_and_loses_nothing(tmp_path_factory, seconds):
         rows += new
         log(run_dir, *new, worker=number % 2)
     RecordStore(run_dir).store(rest=True)
-    compact_requests(run_dir)
+    compact(run_dir, "requests", ["scheduled_ns", "request_id"])
     if not rows:
         return
     assert (run_dir / "requests.parquet").is_file()
@@ -200,10 +200,9 @@ def test_the_whole_table_is_sorted_and_loses_nothing(tmp_path_factory, seconds):
 
 
 def test_a_disk_that_is_too_small_is_told_before_the_start(tmp_path):
-    trace = pl.DataFrame({"output_tokens": [2**32 - 1] * 3000}, schema={"output_tokens": pl.UInt32})
     with pytest.raises(ReplayError, match=r"need about [\d,.]+ GB, and [\d,.]+ GB are free"):
-        check_space(tmp_path / "none" / "yet", trace, save_chunks=True)
-    check_space(tmp_path, trace, save_chunks=False)
+        check_space(tmp_path / "none" / "yet", 3000, 3000 * 2**32, save_chunks=True)
+    check_space(tmp_path, 3000, 3000 * 2**32, save_chunks=False)
 
 
 def test_metrics_keep_samples_and_leave_out_histogram_cells():

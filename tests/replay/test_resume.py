@@ -46,7 +46,7 @@ def rows(run, table):
 def test_what_is_left_is_what_has_no_ended_record(cut_short):
     before = {table: rows(cut_short, table) for table in TABLES if cut_short.has(table)}
     taken = take_up(cut_short.path)
-    assert taken.remaining["request_id"].to_list() == list(range(110, 124))
+    assert pl.concat(taken.source.batches())["request_id"].to_list() == list(range(110, 124))
     assert (taken.recorded, taken.unanswered) == (10, 2)
     assert taken.news == "going on: 10 requests on record, 14 left, 2 of them sent before and not answered"
     assert taken.first_steps == {0: before["steps"]["step"].max() + 1}
@@ -96,7 +96,7 @@ def test_taking_up_again_changes_nothing_more(cut_short, monkeypatch):
     first = take_up(cut_short.path)
     after = {table: rows(cut_short, table) for table in TABLES if cut_short.has(table)}
     second = take_up(cut_short.path)
-    assert first.remaining.equals(second.remaining)
+    assert first.remaining == second.remaining
     assert (first.recorded, first.first_steps) == (second.recorded, second.first_steps)
     assert all(rows(cut_short, table).equals(frame) for table, frame in after.items())
 
@@ -199,6 +199,24 @@ def test_what_cannot_go_on_is_refused(cut_short, tmp_path, monkeypatch):
     assert "it was booted since" in refusal(stretches=[{**stretch, "boot_id": None}])
     with pytest.raises(RunError, match="no such run directory"):
         resumed_options(RunOptions(Path(), resume=tmp_path / "none"))
+
+
+def test_a_run_that_had_all_its_answers_is_finished_after_another_boot_too(sim_run, cut_short):
+    """What is on record then is final; one that lacks requests cannot go on, and stays as it is."""
+    (stretch,) = cut_short.manifest["stretches"]
+    then = {"state": "finishing", "verdicts": [], "stretches": [{**stretch, "boot_id": "another"}]}
+    write_manifest(cut_short.path, {**cut_short.manifest, **then})
+    resumed_options(RunOptions(Path(), resume=cut_short.path))
+    with pytest.raises(ReplayError, match="it was booted since the run was cut short"):
+        take_up(cut_short.path)
+    assert rows(cut_short, "requests").height == 12
+    whole = Run.open(sim_run).scan("requests").collect()
+    first = pl.col("request_id") == pl.col("request_id").min()
+    found = whole.with_columns(status=pl.when(first).then(pl.lit("connect_error")).otherwise("status"))
+    write_parquet(found.to_arrow(compat_level=pl.CompatLevel.oldest()), cut_short.path / "requests.parquet")
+    taken = take_up(cut_short.path)
+    assert (taken.remaining.requests, taken.recorded, taken.unanswered) == (0, 24, 0)
+    assert rows(cut_short, "requests").height == 24
 
 
 @pytest.fixture

@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from replay.compaction import Merge, compact
 from replay.rundir import (
     MANIFEST,
     SCHEMA_VERSION,
     PartWriter,
     Run,
-    compact,
     has_table,
     read_manifest,
     scan_table,
@@ -63,7 +63,8 @@ def test_what_is_written_in_parts_is_read_back_before_and_after_compaction(parts
 
 def test_compaction_sorts_and_merges(tmp_path):
     write_parts(tmp_path, "truth", [truth([3, 1]), truth([2])])
-    compact(tmp_path, "truth", sort_by=["request_id"], merge=lambda frame: frame.filter(pl.col("request_id") != 2))
+    merge = Merge(lambda frame: frame.filter(pl.col("request_id") != 2), lambda _, before: before)
+    compact(tmp_path, "truth", ["request_id"], merge)
     assert scan_table(tmp_path, "truth").collect()["request_id"].to_list() == [1, 3]
 
 

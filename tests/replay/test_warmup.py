@@ -9,7 +9,7 @@ import pytest
 from analysis.energy import attribute
 from analysis.saved import RunEnergy
 from analysis.serving import serving
-from replay.finish import judge
+from replay.judge import judge
 from replay.live import PlainProgress
 from replay.records import RecordStore, left_over, recover
 from replay.reqlog import RequestLog
@@ -58,6 +58,20 @@ def test_no_figure_has_the_warm_up_and_check_knows_each_request(warmed, sim_run)
     assert [finding["why"] for finding in found["wholeness"] if finding["ok"] is False] == []
     assert any("24 of 24 requests on record, each once, 8 in the warm-up" in f["why"] for f in found["wholeness"])
     assert "--warmup 1s" in found["commands"][-1]
+
+
+def test_what_a_cap_held_back_until_after_the_warm_up_is_counted_and_said(warmed):
+    start_ns = warmed.manifest["measure_start_ns"]
+    early = warmed.scan("warmup").collect().sort("scheduled_ns").with_row_index("n")
+    held_back = pl.when(pl.col("n") >= 5).then(start_ns + 7).otherwise("sent_ns")
+    write(warmed, "warmup", early.with_columns(sent_ns=held_back).drop("n"))
+    assert summarize(warmed.path)["warmup_held_back"] is None, "no cap was asked for"
+    arguments = {**warmed.manifest["arguments"], "max_concurrency": 3}
+    write_manifest(warmed.path, {**warmed.manifest, "arguments": arguments})
+    summary = summarize(warmed.path)
+    assert summary["warmup_held_back"] == 3
+    (said,) = [line for line in lines(summary) if line.startswith("warmup")]
+    assert said.endswith("; the cap sent 3 of them only after it, before those that are measured")
 
 
 def test_verdicts_are_on_what_was_measured(warmed):
@@ -183,7 +197,7 @@ def test_what_was_aborted_in_the_warm_up_is_sent_again_when_the_run_goes_on(warm
     write(warmed, "requests", warmed.scan("requests").collect().clear())
     write_manifest(warmed.path, {**warmed.manifest, "state": "interrupted"})
     taken = take_up(warmed.path)
-    assert taken.remaining["request_id"].to_list() == list(range(106, 124))
+    assert pl.concat(taken.source.batches())["request_id"].to_list() == list(range(106, 124))
     assert (taken.recorded, taken.unanswered) == (6, 2)
     assert Run.open(warmed.path).scan("warmup").collect().height == 6
 

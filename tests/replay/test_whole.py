@@ -9,10 +9,18 @@ import pytest
 
 import replay.cli
 from replay.rundir import Run, write_manifest
+from replay.tables import TABLES
 from replay.whole import check, good, lines
 from tracegen.schema import write_parquet
 
 S = 1_000_000_000
+
+
+@pytest.fixture(scope="module")
+def in_virtual_time(sim_run, virtual_run, tmp_path_factory):
+    """The directory of the same trace's run in virtual time, with all that such a run can have."""
+    path = tmp_path_factory.mktemp("virtual") / "run"
+    return virtual_run(path, sim_run / "trace.parquet", truth=True, tp=8).path
 
 
 @pytest.fixture
@@ -107,13 +115,17 @@ def test_a_killed_run_says_what_it_lacks(copy):
     assert "valid: not judged, the run has not ended" in lines(found)
 
 
-@pytest.mark.parametrize("table", ["steps", "warmup", "power", "arrivals"])
-def test_a_table_that_was_cut_off_is_named_and_the_others_are_judged(copy, table):
+@pytest.mark.parametrize("clock", ["wall", "virtual"])
+@pytest.mark.parametrize("table", sorted(TABLES))
+def test_a_table_that_was_cut_off_is_named_and_the_others_are_judged(sim_run, in_virtual_time, tmp_path, table, clock):
+    run = sim_run if clock == "wall" else in_virtual_time
+    copy = Run.open(shutil.copytree(run, tmp_path / "run"))
     path = copy.path / f"{table}.parquet"
     if not path.exists():  # of a run without a warm-up
         shutil.copy(copy.path / "requests.parquet", path)
     path.write_bytes(path.read_bytes()[:-100])
     found = check(copy.path)
+    assert not good(found)
     (said,) = [finding for finding in found["wholeness"] if finding["name"] == "tables"]
     assert said["ok"] is False
     article = "an" if table == "arrivals" else "a"

@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from replay import cut as cut_module
-from replay.cut import check_descriptors, cut, peak_load, worker_count
+from replay.cut import Due, Load, Peak, check_descriptors, cut, worker_count
+from replay.router import Router
 from replay.shards import read_rows
 from replay.stream import Record
 from replay.workload import FOREVER_NS, Config, RateLimit, Workload, plain_http, through_proxies
@@ -33,7 +34,7 @@ def test_the_shards_together_are_the_trace(tmp_path_factory, workers, rows):
     hashes = pl.Series([row[0] for row in rows], dtype=pl.List(pl.UInt64))
     priority = pl.Series([row[1] for row in rows], dtype=pl.Int32)
     frame = trace([i * S for i in range(len(rows))], prefix_hashes=hashes, priority=priority)
-    cut(frame, np.arange(len(rows)) % 2, workers, folder, think_time=False)
+    cut(frame.iter_slices(5), Router("round-robin", 2).assign, workers, folder, think_time=False)
     shards = [list(read_rows(folder, worker)) for worker in range(workers)]
     assert [len(shard) for shard in shards] == [len(range(w, len(rows), workers)) for w in range(workers)]
     back = sorted((row for shard in shards for row in shard), key=lambda row: row.request_id)
@@ -56,7 +57,7 @@ def turns():
 
 
 def test_a_turn_is_due_after_its_think_time_and_keeps_to_its_sessions_worker(tmp_path):
-    cut(turns(), np.zeros(7, np.int64), 2, tmp_path, think_time=True)
+    cut([turns()], Router("session", 1).assign, 2, tmp_path, think_time=True)
     shards = [[row.request_id for row in read_rows(tmp_path, worker)] for worker in range(2)]
     assert shards == [[0, 2, 4, 6], [1, 3, 5]]
     work = Workload(config(tmp_path, think_time=True), read_rows(tmp_path, 0))
@@ -75,7 +76,7 @@ def test_a_turn_is_due_after_its_think_time_and_keeps_to_its_sessions_worker(tmp
 
 
 def test_without_think_times_turns_come_at_their_arrivals(tmp_path):
-    cut(turns(), np.zeros(7, np.int64), 1, tmp_path, think_time=False)
+    cut([turns()], Router("session", 1).assign, 1, tmp_path, think_time=False)
     work = Workload(config(tmp_path), read_rows(tmp_path, 0))
     work.begin(0)
     due = []
@@ -86,14 +87,14 @@ def test_without_think_times_turns_come_at_their_arrivals(tmp_path):
 
 
 def test_a_turn_whose_turn_before_is_not_sent_comes_at_its_arrival(tmp_path):
-    cut(turns().slice(2), np.zeros(5, np.int64), 1, tmp_path, think_time=True)
+    cut([turns().slice(2)], Router("session", 1).assign, 1, tmp_path, think_time=True)
     work = Workload(config(tmp_path, think_time=True), read_rows(tmp_path, 0))
     work.begin(0)
     assert (work.due_ns(), work.pop().row.request_id) == (2 * S, 2)
 
 
 def test_what_is_made_ahead_is_bounded_whatever_the_trace(tmp_path):
-    cut(trace([0] * 2000), np.zeros(2000, np.int64), 1, tmp_path, think_time=False)
+    cut([trace([0] * 2000)], Router("session", 1).assign, 1, tmp_path, think_time=False)
     work = Workload(config(tmp_path), read_rows(tmp_path, 0))
     while work.make_ahead():
         pass
@@ -102,29 +103,57 @@ def test_what_is_made_ahead_is_bounded_whatever_the_trace(tmp_path):
     assert len({work.pop().row.request_id for _ in range(2000)}) == 2000
 
 
+def load(frame, rows=100):
+    peak = Peak()
+    for part in frame.iter_slices(rows):
+        peak.add(part["arrival_ns"].to_numpy(), part["output_tokens"].to_numpy().astype(np.int64))
+    return peak.load
+
+
 def test_the_peak_load_counts_the_fullest_second_and_streams_of_50_ms_a_token():
-    assert peak_load(trace([0, 0, S - 1, S, 5 * S])) == (3.0, 2.0)
-    assert peak_load(trace([i * S for i in range(20)], output_tokens=100))[1] == 6.0, "5 s each, one a second"
-    assert peak_load(trace([])) == (0.0, 0.0)
+    assert load(trace([0, 0, S - 1, S, 5 * S])) == (5, 3.0, 2.0)
+    assert load(trace([i * S for i in range(20)], output_tokens=100)).streams == 6.0, "5 s each, one a second"
+    assert load(trace([])) == Load()
+
+
+@given(st.lists(st.integers(0, 5 * S), min_size=1, max_size=40), st.integers(1, 40), st.integers(1, 60))
+def test_no_cut_into_batches_changes_the_peak_load(times, rows, output_tokens):
+    whole = trace(sorted(times), output_tokens=output_tokens)
+    assert load(whole, rows) == load(whole)
+    ends = [t + output_tokens * S // 20 for t in sorted(times)]
+    opened = [sum(a <= t <= b for a, b in zip(sorted(times), ends, strict=True)) for t in times]
+    assert load(whole).streams <= max(opened)
+    assert load(whole).rps == max(sum(t <= other < t + S for other in times) for t in times)
+
+
+def test_what_is_due_is_told_to_a_second_however_long_the_trace():
+    for last_s in (1, 90, 10**7):
+        times = np.linspace(0, last_s * S, 1001).astype(np.int64)
+        due = Due(int(times[-1]))
+        for at in range(0, 1001, 100):
+            due.add(times[at : at + 100])
+        assert (due.by(-S), due.by(times[-1] * 2), due.requests) == (0, 1001, 1001)
+        assert due.by(int(times[-1]) // 2) == pytest.approx(501, abs=max(2, 1001 / last_s))
+        assert due._upto.size < 70_000
 
 
 def test_as_many_workers_as_the_load_needs_and_cores_there_are(monkeypatch):
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(4)), raising=False)
     fast = {"fast": True, "one": False, "asked": None}
-    assert worker_count(trace([0]), **fast) == 1
-    assert worker_count(trace([0] * 2500), **fast) == 3
-    assert worker_count(trace([0] * 50_000), **fast) == 4
-    assert worker_count(trace([0] * 50_000), **{**fast, "one": True}) == 1
-    assert worker_count(trace([0] * 900), **{**fast, "fast": False}) == 3
-    assert worker_count(trace([0] * 10), **{**fast, "asked": 7}) == 7
-    assert worker_count(trace([0] * 3), **{**fast, "asked": 7}) == 3, "none without a request"
+    assert worker_count(load(trace([0])), **fast) == 1
+    assert worker_count(load(trace([0] * 2500)), **fast) == 3
+    assert worker_count(load(trace([0] * 50_000)), **fast) == 4
+    assert worker_count(load(trace([0] * 50_000)), **{**fast, "one": True}) == 1
+    assert worker_count(load(trace([0] * 900)), **{**fast, "fast": False}) == 3
+    assert worker_count(load(trace([0] * 10)), **{**fast, "asked": 7}) == 7
+    assert worker_count(load(trace([0] * 3)), **{**fast, "asked": 7}) == 3, "none without a request"
 
 
 def test_too_few_files_are_told_before_the_start(monkeypatch):
     allowed = []
     monkeypatch.setattr(cut_module.resource, "getrlimit", lambda _: (1024, 10_000))
     monkeypatch.setattr(cut_module.resource, "setrlimit", lambda _, limits: allowed.append(limits))
-    many = trace([0] * 10_000)
+    many = Load(10_000, 10_000.0, 10_000.0)
     with pytest.raises(
         ReplayError, match=r"about 10,000 streams at once are expected, and a process may open 10,000 files"
     ):

@@ -1,3 +1,4 @@
+import io
 import subprocess
 import sys
 
@@ -134,6 +135,18 @@ def test_prose_is_broken_in_a_terminal_and_whole_without(terminal, capsys):
     assert terminal(lambda: console.prose([line]), 20) == ["  a sentence that is", "  longer than what", "  fits", ""]
     named = ["  ok    name  why it is", "              so"]
     assert terminal(lambda: console.prose(["  ok    name  why it is so"]), 23) == [*named, ""], "under itself"
+
+
+def test_a_name_with_brackets_is_shown_as_it_is_beside_the_bar(monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    with console.progress_bar() as progress:
+        progress.update(progress.add_task("runs[/b]/a[red].parquet", total=2), completed=1)
+        progress.refresh()
+    assert "runs[/b]/a[red].parquet" in sys.stderr.getvalue()
 
 
 def test_one_is_no_plural():

@@ -92,7 +92,17 @@ def test_a_single_request_says_what_it_cannot_have(make_frame, capsys):
     print_description(document)
     out = capsys.readouterr().out
     assert "a single request has no gap" in out
-    assert "1 requests over 0ms (-/s)" in out
+    assert "1 request over 0ms (-/s)" in out
+
+
+def test_parameters_within_parameters_are_shown_whole(make_frame, capsys):
+    print_description(describe(make_frame([5]), {"generator": "g", "parameters": {"structure": {"turns": 4.0}}}))
+    assert "made by g, structure: {turns: 4.0}\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("gap_ns", [1, 7, 10**9 // 3])
+def test_equal_gaps_have_no_variation(make_frame, gap_ns):
+    assert describe(make_frame([k * gap_ns for k in range(1000)]), {})["interarrival_s"]["cv"] == 0
 
 
 def test_a_sparse_trace_of_years_needs_no_memory(make_frame):

@@ -189,6 +189,8 @@ def test_a_mix_file_of_ones_own(tmp_path):
         (("low = [1, 1]", ""), "key 'low' is missing"),
         (("low = [1, 1]", "low = [0, 1]"), "out of range"),
         (("rho = 0", "rho = 2"), "out of range"),
+        (("mu_in = 3", "mu_in = nan"), "out of range"),
+        (("mu_in = 3", "mu_in = inf"), "out of range"),
         (("weight = 1", "weight = 0"), "out of range"),
         (("weight = 1", "wait = 1"), "not a mix file"),
         (("low = [1, 1]", "low = ["), "not a mix file"),

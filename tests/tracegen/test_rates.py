@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from tracegen.errors import TraceError
 from tracegen.rates import PROFILES, RatePath, linear_path, parse_profile, parse_rate, read_curve, steps_path
+from tracegen.schema import write_trace
 
 RATES = st.floats(0, 100)
 
@@ -132,6 +133,35 @@ def test_a_curve_from_a_trace(tmp_path, make_frame):
     make_frame().write_parquet(path)
     with pytest.raises(TraceError, match="less than a minute"):
         read_curve(path)
+    make_frame([65 * 10**9]).write_parquet(path)  # the only full minute has none
+    with pytest.raises(TraceError, match="less than a minute"):
+        read_curve(path)
+
+
+def test_a_curve_of_a_damaged_trace_is_refused(tmp_path, make_frame):
+    """A flipped bit is an error, and not another rate."""
+    path = tmp_path / "t.parquet"
+    write_trace(make_frame(range(0, 600 * 10**9, 10**8)), path, {})
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    path.write_bytes(content)
+    with pytest.raises(TraceError, match=r"t\.parquet: not a readable Parquet file"):
+        read_curve(path)
+
+
+def test_a_curve_of_a_broken_trace_is_named_by_row(tmp_path, make_frame):
+    path = tmp_path / "t.parquet"
+    make_frame().with_columns(arrival_ns=pl.Series([5, -1, 7])).write_parquet(path)
+    with pytest.raises(TraceError, match="row 1, column 'arrival_ns': -1 is negative"):
+        read_curve(path)
+
+
+def test_the_name_of_a_curves_file_is_no_pattern(tmp_path):
+    (tmp_path / "a[1].csv").write_text("time,rate\n0,1\n1,2\n")
+    assert read_curve(tmp_path / "a[1].csv").end_rps.tolist() == [2.0]
+    (tmp_path / "d.csv").mkdir()
+    with pytest.raises(TraceError, match="not readable"):
+        read_curve(tmp_path / "d.csv")
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from tracegen.schema import (
     file_sha256,
     read_metadata,
     read_trace,
+    read_trace_parts,
     save_trace,
     write_trace,
 )
@@ -83,6 +84,26 @@ def test_what_is_written_is_read_back(frame, metadata):
         assert read.select(frame.columns).equals(frame)
         assert read_metadata(tmp / "t.parquet") == {"schema_version": SCHEMA_VERSION, **metadata}
         assert names_in(tmp) == ["t.parquet"]
+
+
+@given(traces(), st.integers(1, 21))
+@settings(max_examples=30, deadline=None)
+def test_parts_are_the_whole(frame, rows):
+    with folder() as tmp:
+        write_trace(frame, tmp / "t.parquet", {"block_tokens": 16})
+        parts = list(read_trace_parts(tmp / "t.parquet", rows))
+        assert pl.concat(parts).equals(read_trace(tmp / "t.parquet"))
+        assert {part.height for part in parts[:-1]} <= {rows}
+
+
+def test_a_bad_row_is_counted_from_the_first_part(make_frame, tmp_path):
+    frame = make_frame(range(9)).with_columns(input_tokens=pl.Series([1] * 7 + [0, 1]))
+    frame.write_parquet(tmp_path / "t.parquet")
+    with pytest.raises(TraceError, match="row 7, column 'input_tokens': 0 is zero"):
+        list(read_trace_parts(tmp_path / "t.parquet", 3))
+    frame.head(0).write_parquet(tmp_path / "none.parquet")
+    with pytest.raises(TraceError, match="has no rows"):
+        list(read_trace_parts(tmp_path / "none.parquet", 3))
 
 
 @given(traces(), st.integers(1, 19))
@@ -214,6 +235,8 @@ def test_damage_never_escapes_as_another_error(data):
         path.write_bytes(raw)
         with contextlib.suppress(TraceError):
             assert set(TRACE) <= set(read_trace(path).columns)
+        with contextlib.suppress(TraceError):
+            assert len(list(read_trace_parts(path, 1))) == 1
         with contextlib.suppress(TraceError):
             assert isinstance(read_metadata(path), dict)
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from tracegen.errors import TraceError
 from tracegen.lengths import load_mix
 from tracegen.prefixes import block_hashes, hit_rate, mixed
-from tracegen.sessions import ASSUMED_NS_A_TOKEN, Structure
+from tracegen.sessions import ASSUMED_NS_A_TOKEN, Structure, system_lengths
 from tracegen.synthesize import synthesize
 
 S = 10**9
@@ -19,6 +19,7 @@ STRUCTURES = st.builds(
     max_context=st.sampled_from([4000, 131_072]),
     system_prompts=st.sampled_from([0, 1, 5]),
     system_tokens=st.sampled_from([100, 700]),
+    system_sigma=st.sampled_from([0.0, 1.5]),
     block_tokens=st.sampled_from([16, 64, 512]),
 )
 
@@ -99,6 +100,15 @@ def test_turns_and_thinks_are_as_asked():
     assert np.mean(turns) == pytest.approx(4, rel=0.12)
 
 
+def test_system_prompts_have_lengths_of_their_own():
+    structure = Structure(system_prompts=5000, system_tokens=400, system_sigma=0.8)
+    numbers = np.arange(5000, dtype=np.uint64) | np.uint64(2**63)
+    lengths = system_lengths(structure, numbers)
+    assert np.median(lengths) == pytest.approx(400, rel=0.05)
+    assert np.log(lengths).std() == pytest.approx(0.8, rel=0.05)
+    assert system_lengths(structure, numbers[[7, 9, 7]]).tolist() == lengths[[7, 9, 7]].tolist()
+
+
 def test_without_sessions_lengths_are_the_mixes():
     plain = synthesize("chat", 3.0, 300 * S, 1)[0]
     shared, metadata = synthesize("chat", 3.0, 300 * S, 1, structure=Structure(system_prompts=2, system_tokens=600))
@@ -150,6 +160,7 @@ def test_the_hit_rate_by_hand():
         ({"block_tokens": 0}, "block_tokens is 0"),
         ({"max_context": 1}, "max_context is 1"),
         ({"system_tokens": -1}, "system_tokens is -1"),
+        ({"system_sigma": -1.0}, "system_sigma is -1"),
     ],
 )
 def test_what_cannot_be_is_named(change, says):

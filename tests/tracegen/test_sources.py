@@ -8,6 +8,8 @@ import pytest
 
 from tracegen import sources
 from tracegen.errors import TraceError
+from tracegen.importers.formats import find_format
+from tracegen.schema import read_metadata
 from tracegen.sources import Source
 
 LINES = b"".join(b"line %d\n" % k for k in range(50_000))
@@ -120,6 +122,14 @@ def test_what_a_server_says_is_quoted_without_keys(server):
         assert source.said == f"{server.url}/f"
 
 
+def test_an_import_prints_and_keeps_no_key(server, run_cli, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    server.files["/a.csv"] = b"TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:15:46.6805900,1,2\n"
+    code, out, err = run_cli("import", "auto", f"{server.url}/a.csv?token=secret")
+    assert (code, out.splitlines()[0]) == (0, f"{server.url}/a.csv: {find_format('azure').title}")
+    assert "secret" not in out + err + str(read_metadata("a.parquet"))
+
+
 def test_a_server_that_is_not_there(server):
     with pytest.raises(TraceError, match=r"http://127.0.0.1:1/f: cannot be read \(.*refused"):
         Source("http://127.0.0.1:1/f")
@@ -131,6 +141,15 @@ def test_only_https_leaves_this_machine(server, url):
         Source(url)
     server.files["/away"] = url
     with pytest.raises(TraceError, match=r"is not an https URL|cannot be read"):
+        Source(f"{server.url}/away")
+
+
+@pytest.mark.parametrize("url", ["https://[bad/f", "https://host:port/f", "https://host:99999/f"])
+def test_what_is_no_url_is_said_in_one_line(server, url):
+    with pytest.raises(TraceError, match="is no URL"):
+        Source(f"{url}?token=secret")
+    server.files["/away"] = url
+    with pytest.raises(TraceError, match=r"is no URL|cannot be read"):
         Source(f"{server.url}/away")
 
 

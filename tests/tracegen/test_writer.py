@@ -5,7 +5,7 @@ import pytest
 
 from tracegen.errors import TraceError
 from tracegen.schema import read_metadata, read_trace
-from tracegen.writer import TraceWriter
+from tracegen.writer import TraceWriter, written_whole
 
 METADATA = {"generator": "test", "block_tokens": 4}
 
@@ -60,3 +60,22 @@ def test_a_place_that_cannot_be_is_named(tmp_path, make_frame):
     (tmp_path / "file").write_text("")
     with pytest.raises(TraceError, match="cannot be written"):
         write(tmp_path / "file" / "t.parquet", {}, make_frame())
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_a_file_is_whole_or_what_it_was_before(tmp_path, error):
+    path = tmp_path / "new" / "p.svg"
+    with written_whole(path) as partial:
+        partial.write_text("first")
+        assert partial.suffix == ".svg"
+        assert not path.exists()
+
+    def write_half():
+        with written_whole(path) as partial:
+            partial.write_text("half of the sec")
+            raise error
+
+    with pytest.raises(TraceError if isinstance(error, OSError) else type(error)):
+        write_half()
+    assert path.read_text() == "first"
+    assert [entry.name for entry in path.parent.iterdir()] == ["p.svg"]

@@ -25,6 +25,7 @@ EM_ROWS = 20_000  # drawn from larger traces: their parameters' error is then be
 GAIN = 0.01  # log-likelihood a held-out request that makes one more component worth its six numbers
 STAYS = (0.03, 0.01, 0.003)  # how much a parameter's way counts, beside differences of shares
 CLOSE = 0.015  # largest difference of distribution functions: that of two draws of 6,000, 0.83 sqrt(2/n) in the median
+CORNER = 5.0  # points of a curve that a bucket's corner counts as much as
 SIGMA_FLOOR = 0.0005  # a spike: half a token at 1000
 RHO_LIMIT = 0.95
 _RHO_ROOM = 0.96
@@ -204,8 +205,7 @@ class _Target:
         np.add.at(counts, tuple(np.searchsorted(g, x) for g, x in zip(grid, sides, strict=True)), 1 / inputs.size)
         joint = counts.cumsum(0).cumsum(1)[:-1, :-1]
         at_edge = [np.isin(g, e) for g, e in zip(grid, edges, strict=True)]
-        # A bucket's share counts as much as five points of a curve.
-        scale = 1 + 4.0 * (at_edge[0][:, None] & at_edge[1])
+        scale = 1 + (CORNER - 1) * (at_edge[0][:, None] & at_edge[1])
         return cls(
             (knots[0], knots[1]),
             (grid[0], grid[1]),

@@ -12,10 +12,11 @@ counts alone:
 Inputs, outputs, pairs, and the last seven together are spent a quarter of epsilon each. The noise is the two-sided
 geometric distribution (Ghosh, Roughgarden, Sundararajan, STOC 2009): whole numbers, so that no digits of a
 floating-point number give it away (Mironov, CCS 2012). It comes from PCG64 with 128 bits of the operating system, which
-are kept nowhere. When the trace begins, and its span in whole minutes, are taken to be known.
+are kept nowhere. In which minutes the trace begins and ends is taken to be known.
 
-What the promise does not cover: somebody who sent k requests has k times epsilon; and what all requests have in common
-(their rate, their typical lengths) is what the file is for.
+What the promise does not cover: somebody who sent k requests has k times epsilon, and so has each request of a trace of
+which k fits are shared; a fit that was chosen among several because it matches best has no promise, for the choice saw
+the trace; and what all requests have in common (their rate, their typical lengths) is what the file is for.
 """
 
 import math
@@ -39,6 +40,7 @@ EPSILON = 1.0
 COARSE = np.unique([*(2**k for k in range(22)), INPUT_EDGES[2] + 1, *OUTPUT_EDGES])
 FINE = np.union1d(np.unique(np.floor(2 ** np.arange(0, 21, 1 / 16))), COARSE).astype(np.int64)
 DEVIATIONS = 8  # mean deviations from the mean, where counts are cut: bursty Azure code stays below
+MINUTE_NS = 60 * NS_PER_S
 _TINY = 1e-12
 LEAST_REQUESTS = 1000  # over epsilon; below, noise is more than a few per cent of each curve
 
@@ -67,8 +69,8 @@ def release(inputs: Ints, outputs: Ints, arrival_ns: Ints, epsilon: float) -> Re
     np.add.at(cells, tuple(np.searchsorted(COARSE, side, side="right") - 1 for side in sides), 1)
     joint = _noisy(cells, 1, part, stream)
     counted = part / (1 + 2 * len(DISPERSION_WINDOWS_S))
-    since_ns = arrival_ns - arrival_ns[0]
-    span_s = int(since_ns[-1]) // (60 * NS_PER_S) * 60
+    since_ns = arrival_ns - arrival_ns[0] // MINUTE_NS * MINUTE_NS  # not from the first arrival: windows would show it
+    span_s = int(since_ns[-1]) // MINUTE_NS * 60
     inside = since_ns[since_ns < span_s * NS_PER_S] if span_s else since_ns
     total = float(_noisy(np.array([inside.size]), 1, counted, stream)[0])
     if total < LEAST_REQUESTS / epsilon:

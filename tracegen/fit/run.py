@@ -20,7 +20,8 @@ from tracegen.fit.private import release
 from tracegen.fit.structure import Tied, fit_structure
 from tracegen.schema import file_sha256, read_metadata, read_trace
 from tracegen.synthesize import synthesize
-from tracegen.twin import Facts, differences, facts
+from tracegen.twin import QUARTILES, Facts, differences, facts
+from tracegen.writer import written_whole
 
 SEEDS = 20
 TWIN_REQUESTS = 200_000  # at most; of a longer trace, twins are as much shorter
@@ -67,18 +68,17 @@ def fit_trace(
     progress(f"comparing {seeds} twins")
     goodness = measure_twins(file.text(), source, span_ns(frame), seeds)
     if private is None:
-        file = replace(file, tables={**file.tables, "goodness": goodness})
+        # What `tracegen.commands` fits it again by; the command has no components.
+        asked = {"seed": seed, "twins": seeds} if components is None else {}
+        found = {"source": {**file.tables["source"], **asked}, "goodness": goodness}
+        file = replace(file, tables={**file.tables, **found})
     return Fit(file.text(), goodness, tuple(tried), tuple(remarks))
 
 
 def save_mix(fit: Fit, path: str | Path) -> None:
     """Write the fit's mix file to `path`. Raises `TraceError` when it cannot be written."""
-    path = Path(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(fit.text, encoding="utf-8")
-    except OSError as error:
-        raise TraceError(f"{path}: cannot be written ({error.strerror or error}); choose another output") from None
+    with written_whole(Path(path)) as partial:
+        partial.write_text(fit.text, encoding="utf-8")
 
 
 def _open_file(
@@ -163,8 +163,8 @@ def _private_file(frame: pl.DataFrame, epsilon: float, seed: int, components: in
         f"A private fit: epsilon-differentially private for one request, epsilon = {epsilon:g}. All that is in this",
         "file is computed from noisy counts: of lengths in fixed ranges, and of requests per window. Whether any",
         f"one request was in the trace changes the chance of any such file by a factor of exp({epsilon:g}) at most.",
-        "Not covered: somebody who sent k requests has k times epsilon; when the trace began, and its span in whole",
-        "minutes, are taken to be known. Clients, sessions, prefixes, source and goodness are left out.",
+        "Not covered: somebody who sent k requests, or k fits of one trace, have k times epsilon. In which minutes the",
+        "trace begins and ends is taken to be known. Clients, sessions, prefixes, source and goodness are left out.",
     )
     notes = {"arrivals": _NOTES["arrivals"]}
     return MixFile("A private fit", lengths, {"arrivals": arrivals, "privacy": privacy}, notes, head)
@@ -203,7 +203,7 @@ def measure_twins(text: str, source: Facts, span: int, seeds: int = SEEDS) -> di
     if own:
         for window, value in source.dispersion.items():
             goodness |= _beside(f"dispersion_{window}", value, [t.dispersion[window] for t in twins])
-    for name in ("gap_cv", "spearman", "hit_rate"):
+    for name in ("gap_cv", "spearman", "hit_rate", *(f"hit_share_p{q}" for q in QUARTILES)):
         if own or name != "gap_cv":
             goodness |= _beside(name, source.figures[name], [t.figures[name] for t in twins])
     return goodness

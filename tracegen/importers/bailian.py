@@ -13,8 +13,8 @@ import polars as pl
 from tracegen.console import plural
 from tracegen.importers.base import Batches, Format, Options, Report, first_line
 from tracegen.importers.columns import MAX_TIME_NS
-from tracegen.importers.mooncake import Hash, Tokens
-from tracegen.importers.textfiles import json_rows
+from tracegen.importers.mooncake import HASHED, Hash, Tokens
+from tracegen.importers.structs import struct_rows
 from tracegen.sources import Source
 
 BLOCK_TOKENS = 16
@@ -45,19 +45,18 @@ def _recognises(start: bytes) -> bool:
 
 
 def _read(source: Source, options: Options) -> Batches:
-    for rows in json_rows(source, msgspec.json.Decoder(Row).decode):
-        yield rows.frame(
-            {
-                "_said": (pl.String(), lambda row: str(row.timestamp)),
-                "_time_ns": (pl.Int64(), lambda row: round(row.timestamp * _NS_PER_S)),
-                "_chat": (pl.UInt64(), lambda row: row.chat_id),
-                "_parent_chat": (pl.Int64(), lambda row: row.parent_chat_id),
-                "input_tokens": (pl.UInt32(), lambda row: row.input_length),
-                "output_tokens": (pl.UInt32(), lambda row: row.output_length),
-                "prefix_hashes": (pl.List(pl.UInt64()), lambda row: row.hash_ids),
-                "type": (pl.String(), lambda row: row.type),
-                "turn": (pl.Int32(), lambda row: row.turn),
-            }
+    for rows in struct_rows(source, Row):
+        yield rows.select(
+            "_line",
+            "_text",
+            "_why",
+            pl.col("timestamp").cast(pl.String).alias("_said"),
+            (pl.col("timestamp") * _NS_PER_S).round().cast(pl.Int64).alias("_time_ns"),
+            pl.col("chat_id").cast(pl.UInt64).alias("_chat"),
+            pl.col("parent_chat_id").alias("_parent_chat"),
+            *HASHED,
+            "type",
+            pl.col("turn").cast(pl.Int32),
         )
 
 

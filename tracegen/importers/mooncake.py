@@ -14,7 +14,7 @@ import polars as pl
 from tracegen.errors import TraceError
 from tracegen.importers.base import Batches, Format, Options, Report, first_line
 from tracegen.importers.columns import MAX_TIME_NS, MAX_TOKENS
-from tracegen.importers.textfiles import json_rows
+from tracegen.importers.structs import struct_rows
 from tracegen.sources import Source
 from tracegen.streams import random_stream
 
@@ -25,6 +25,12 @@ _NS_PER_MS = 10**6
 
 Tokens = Annotated[int, msgspec.Meta(ge=1, le=MAX_TOKENS)]
 Hash = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
+# Lengths and hashes as a trace has them.
+HASHED = (
+    pl.col("input_length").cast(pl.UInt32).alias("input_tokens"),
+    pl.col("output_length").cast(pl.UInt32).alias("output_tokens"),
+    pl.col("hash_ids").cast(pl.List(pl.UInt64)).alias("prefix_hashes"),
+)
 
 
 class Row(msgspec.Struct):
@@ -46,15 +52,14 @@ def _recognises(start: bytes) -> bool:
 
 
 def _read(source: Source, options: Options) -> Batches:
-    for rows in json_rows(source, msgspec.json.Decoder(Row).decode):
-        yield rows.frame(
-            {
-                "_said": (pl.String(), lambda row: str(row.timestamp)),
-                "_time_ns": (pl.Int64(), lambda row: row.timestamp * _NS_PER_MS),
-                "input_tokens": (pl.UInt32(), lambda row: row.input_length),
-                "output_tokens": (pl.UInt32(), lambda row: row.output_length),
-                "prefix_hashes": (pl.List(pl.UInt64()), lambda row: row.hash_ids),
-            }
+    for rows in struct_rows(source, Row):
+        yield rows.select(
+            "_line",
+            "_text",
+            "_why",
+            pl.col("timestamp").cast(pl.String).alias("_said"),
+            (pl.col("timestamp") * _NS_PER_MS).alias("_time_ns"),
+            *HASHED,
         )
 
 

@@ -83,7 +83,7 @@ def import_servegen(
         "parameters": parameters,
         "seed": seed,
         "source": {
-            "file": pool.name,
+            "file": pool.said,
             "sha256": pool.sha256,
             "clients": len(clients),
             "expected_requests": expected * factor,

@@ -69,12 +69,16 @@ class Client:
 
 @dataclass
 class Pool:
-    """Clients by number, the length of a stretch, how many there are, and what the files hold that is not used."""
+    """Clients by number, the length of a stretch, how many there are, and what the files hold that is not used.
+
+    `name` is that of its folder or archive, without suffixes; `said` is what metadata quote.
+    """
 
     clients: dict[int, Client]
     step_s: float
     steps: int
     name: str
+    said: str
     sha256: str | None
     ignored: set[str] = field(default_factory=set)
 
@@ -110,14 +114,15 @@ def read_pool(location: str | Path, start_ns: int = 0, end_ns: int | None = None
                 pool = _read_files(_in_archive(source), str(location), during_s)
             except tarfile.TarError as error:
                 raise TraceError(f"{location}: is neither a folder nor a tar archive of a pool ({error})") from None
-            pool.name, pool.sha256 = source.name.split(".")[0], source.sha256()
+            pool.name, pool.said, pool.sha256 = source.name.split(".")[0], source.said, source.sha256()
         return pool
     found = sorted((file for file in path.iterdir() if _FILE.fullmatch(file.name)), key=lambda file: file.name)
     contents = [(file.name, file.read_bytes()) for file in found]
     pool = _read_files(iter(contents), str(location), during_s)
     # Of the files' names and hashes, each on a line as sha256sum prints them: one number for a folder.
     lines = "".join(f"{hashlib.sha256(content).hexdigest()}  {name}\n" for name, content in contents)
-    pool.name, pool.sha256 = path.resolve().name, hashlib.sha256(lines.encode()).hexdigest()
+    pool.name = pool.said = path.resolve().name
+    pool.sha256 = hashlib.sha256(lines.encode()).hexdigest()
     return pool
 
 
@@ -152,7 +157,7 @@ def _in_archive(source: Source) -> Iterator[tuple[str, bytes]]:
 
 def _read_files(files: Iterator[tuple[str, bytes]], location: str, during_s: tuple[float, float]) -> Pool:
     """The pool in `files`; the length of a stretch is that of the first file, and all others must have it."""
-    pool = Pool({}, 0.0, 0, "", None)
+    pool = Pool({}, 0.0, 0, "", "", None)
     for name, content in files:
         matched = _FILE.fullmatch(name)
         assert matched is not None  # chosen by it

@@ -186,18 +186,24 @@ class JsonRows:
 
 def json_rows(source: Source, decode: Callable[[bytes], Any]) -> Iterator[JsonRows]:
     """The lines of `source`, block by block, by `decode`, which raises what msgspec raises."""
-    line = 0
+    line = 1
     for block in source.blocks():
-        rows = JsonRows([], [], [], [])
-        for text in block.removesuffix(b"\n").split(b"\n"):
-            line += 1
-            found, why = None, None
-            try:
-                found = decode(text)
-            except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-                why = "is blank" if not text.strip() else f"is no such row ({_NUMBERED.sub('', str(error))})"
-            rows.numbers.append(line)
-            rows.texts.append(text[:_QUOTED_BYTES].decode("utf-8", "replace"))
-            rows.found.append(found)
-            rows.whys.append(why)
+        rows = json_rows_of(block, line, decode)
         yield rows
+        line += len(rows.numbers)
+
+
+def json_rows_of(block: bytes, line: int, decode: Callable[[bytes], Any]) -> JsonRows:
+    """The lines of `block`, of which the first is number `line`."""
+    rows = JsonRows([], [], [], [])
+    for number, text in enumerate(block.removesuffix(b"\n").split(b"\n"), line):
+        found, why = None, None
+        try:
+            found = decode(text)
+        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+            why = "is blank" if not text.strip() else f"is no such row ({_NUMBERED.sub('', str(error))})"
+        rows.numbers.append(number)
+        rows.texts.append(text[:_QUOTED_BYTES].decode("utf-8", "replace"))
+        rows.found.append(found)
+        rows.whys.append(why)
+    return rows

@@ -41,7 +41,8 @@ def repeat(frame: pl.DataFrame, times: int, seed: int) -> pl.DataFrame:
     the same place (a local block bootstrap: Paparoditis, Politis 2002), so that bursts and the rate's slow course stay.
     What arrives is the trace's sessions or requests in a new random order, each once before any comes again: lengths
     stay together with what belongs to them, but not with their time. Each time has prefix hashes of its own. Turns that
-    would come after the end are left out. Raises `TraceError` for fewer than 2 times, and a trace without a rate.
+    would come after the end come behind `frame` instead, as those of sessions that began before: so the rate stays.
+    Raises `TraceError` for fewer than 2 times, and a trace without a rate.
     """
     if times < 2:
         raise TraceError(f"{times} times is no repetition; use 2 or more")
@@ -60,8 +61,15 @@ def repeat(frame: pl.DataFrame, times: int, seed: int) -> pl.DataFrame:
             [stream.permutation(units.sizes.size) for _ in range(starts_ns.size // units.sizes.size + 1)]
         )
         copies.append(units.at(starts_ns + first_ns + k * circle_ns, order[: starts_ns.size]))
-    joined = join_copies([copy.sort("arrival_ns", maintain_order=True) for copy in copies])
-    return joined.filter(pl.col("arrival_ns") < first_ns + times * circle_ns)
+    late = pl.col("arrival_ns") >= first_ns + times * circle_ns
+    copies[1:] = [
+        copy.with_columns(
+            pl.when(late).then(pl.col("arrival_ns") - (times - 1) * circle_ns).otherwise("arrival_ns"),
+            pl.when(late).then(-1 - pl.col(PART)).otherwise(PART).alias(PART),  # a session goes on there as another
+        ).sort("arrival_ns", maintain_order=True)
+        for copy in copies[1:]
+    ]
+    return join_copies(copies)
 
 
 class _Units:

@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 from tracegen.errors import TraceError
 from tracegen.prefixes import mixed
 
-COPY, PART = "copy of", "part of"  # columns while copies are made; with a blank, as no column of a trace has
+# Columns while copies are made; with a blank, as no column of a trace has.
+COPY, PART, NUMBER, PARENT = "copy of", "part of", "new number", "parent's number"
 
 
 def unit_numbers(frame: pl.DataFrame) -> NDArray[np.int64]:
@@ -56,20 +57,20 @@ def join_copies(copies: Sequence[pl.DataFrame], *, clients: bool = False) -> pl.
         for k, frame in enumerate(marked)
     ]
     merged = pl.concat(marked, how="diagonal_relaxed").sort("arrival_ns", maintain_order=True)
-    merged = merged.with_columns(number=pl.int_range(pl.len(), dtype=pl.UInt64))
+    merged = merged.with_columns(pl.int_range(pl.len(), dtype=pl.UInt64).alias(NUMBER))
     if "parent_id" in merged.columns:
-        places = merged.select(COPY, PART, pl.col("request_id").alias("parent_id"), pl.col("number").alias("parent"))
+        places = merged.select(COPY, PART, pl.col("request_id").alias("parent_id"), pl.col(NUMBER).alias(PARENT))
         merged = merged.join(places, on=[COPY, PART, "parent_id"], how="left", maintain_order="left")
-        known = pl.col("parent") < pl.col("number")
-        names = {"parent_id": "parent", "think_ns": "think_ns"}
+        known = pl.col(PARENT) < pl.col(NUMBER)
+        names = {"parent_id": PARENT, "think_ns": "think_ns"}
         merged = merged.with_columns(
             pl.when(known).then(pl.col(source)).alias(name) for name, source in names.items() if name in merged.columns
-        ).drop("parent")
+        ).drop(PARENT)
     for name, keys in (("session_id", (COPY, PART)), ("client_id", (COPY,) if clients else None)):
         if name in merged.columns and keys is not None:
-            first = pl.col("number").min().over(*keys, name)  # a number that is nobody else's
+            first = pl.col(NUMBER).min().over(*keys, name)  # a number that is nobody else's
             merged = merged.with_columns(pl.when(pl.col(name).is_not_null()).then(first).alias(name))
-    return merged.with_columns(request_id="number").drop("number", COPY, PART)
+    return merged.with_columns(request_id=NUMBER).drop(NUMBER, COPY, PART)
 
 
 def _salted(frame: pl.DataFrame, copy: int) -> pl.DataFrame:

@@ -13,15 +13,15 @@ import pytest
 from polars.testing import assert_frame_equal
 
 from analysis.energy import attribute
-from replay.finish import judge
+from replay.judge import judge
 from replay.live import QuietProgress
 from replay.plan import RunOptions
 from replay.rundir import Run
 from replay.sim.hardware import Hardware, Work, load_profile
+from replay.source import TraceSource
 from replay.tables import TABLES
 from replay.virtual import run as module
 from replay.virtual.node import NodePower
-from replay.virtual.source import TraceSource
 from tracegen.errors import GpuError, ReplayError, TraceError
 from tracegen.schema import TRACE, file_metadata, read_trace
 from tracegen.synthesize import synthesize
