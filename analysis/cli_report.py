@@ -101,8 +101,8 @@ def figures(
       analysis figures DIR -o by-label --by label --scope node
     """
     from analysis.cli_sweep import load_told
-    from analysis.sweep_figures import write_figures
+    from analysis.sweep_figures import parse_formats, write_figures
 
-    formats = [word.strip() for word in kinds.split(",") if word.strip()]
+    formats = parse_formats(kinds)
     written = write_figures(load_told(path, by, scope, None), output, formats)
     say(f"wrote {plural(len(written), 'file')} to {output}")

@@ -6,6 +6,7 @@ request and every script but the page's own, by its hash.
 
 import base64
 import hashlib
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
@@ -16,6 +17,7 @@ import polars as pl
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from analysis.drawing import WIDTH
 from tracegen.errors import AnalysisError
 
 NONE = "-"  # a cell without a value
@@ -61,6 +63,12 @@ class Figure:
     table: Table
     simulated: bool
     zoom: Mapping[str, Any] | None = None
+
+    @property
+    def width_px(self) -> float:
+        """As wide as it was drawn: much larger or smaller, its texts would not read well."""
+        natural = re.match(r'<svg[^>]* width="([\d.]+)"', self.svg)
+        return float(natural[1]) if natural else WIDTH
 
 
 @dataclass(frozen=True)

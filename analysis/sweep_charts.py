@@ -9,7 +9,8 @@ from analysis.drawing import INK, MUTED, WIDTH
 from analysis.figures import RUN_COLOURS
 
 GAP_PX = 64  # between panels: an axis and its labels
-LEAST_PANEL_PX = 200
+LEAST_PANEL_PX = 160
+WIDE = 8.0  # times: of values so far apart the axis is logarithmic
 # Nine sizes in three hues, by input; darker with output: what a reader compares stands together.
 SIZE_COLOURS = {
     "SS": "#8fc1e3", "SM": "#4a94c9", "SL": "#1f5d91",
@@ -19,19 +20,24 @@ SIZE_COLOURS = {
 }  # fmt: skip
 MAP_COLOURS = ["#fdf3e7", "#f2b98a", "#e07a2f", "#8f3d0b"]
 MAP_STOPS = [1.0, 1.25, 1.75, 3.0]  # times a group's least energy; beyond the last all is as dark
-DARK_FROM = 1.6  # where white on the colour is read better than ink
+DARK_FROM = 2.2  # where white on the colour is read better than ink
+MOST_ACROSS = 4  # panels in a row
 MOST_WITH_BARS = 4  # series; bars of more hide each other
+NOTHING = "no figures"
 HEADROOM = 1.25
 NO_VALUE = "#dde2e7"
-CELL_PX, ROW_PX = 46, 24
+CELL_PX, ROW_PX = 40, 24
 
 
-def lines(frame: pl.DataFrame, title: str) -> Any:
-    """A metric against the clock. `frame`: clock, series, panel, value, half; what has no value leaves a gap."""
+def lines(frame: pl.DataFrame, title: str, across: int) -> Any:
+    """A metric against the clock, `across` panels in a row. `frame`: clock, series, rank (of series), panel, value, half.
+
+    What has no value leaves a gap; a panel without any says so.
+    """
     clocks = _clocks(frame)
-    series = frame["series"].unique(maintain_order=True).to_list()
+    series = frame.drop_nulls("series").group_by("series").agg(pl.col("rank").min()).sort("rank")["series"].to_list()
     panels = frame["panel"].unique(maintain_order=True).to_list()
-    columns = min(len(panels), 3)
+    columns = across if 1 < across <= MOST_ACROSS else min(len(panels), 3)
     width = max(LEAST_PANEL_PX, (WIDTH - 60) // columns - GAP_PX)
     colour = alt.Color(
         "series:N", sort=None, scale=alt.Scale(domain=series, range=_colours(series)), legend=alt.Legend(columns=9)
@@ -41,12 +47,16 @@ def lines(frame: pl.DataFrame, title: str) -> Any:
     for i, panel in enumerate(panels):
         mine = frame.filter(pl.col("panel") == panel)
         # Of a few repeats an interval can be wider than all that is shown: the panel ends a little above the means.
-        top = HEADROOM * float(mine["value"].fill_null(0.0).to_numpy().max())
+        top = HEADROOM * float(mine["value"].fill_null(0.0).to_numpy().max()) or 1.0
+        if mine["value"].null_count() == mine.height:
+            nothing = alt.Chart(pl.DataFrame({"text": [NOTHING]})).mark_text(color=MUTED, fontSize=12)
+            drawn.append(nothing.encode(text="text:N").properties(width=width, height=190, title=panel))
+            continue
         ends = {
             "low": (pl.col("value") - pl.col("half")).clip(0.0),
             "high": (pl.col("value") + pl.col("half")).clip(None, top),
         }
-        base = alt.Chart(mine.select("clock", "series", "value", **ends)).encode(
+        base = alt.Chart(mine.select("clock", "series", "value", **ends).drop_nulls("series")).encode(
             x=alt.X("clock:O", sort=clocks, title="SM clock, MHz", axis=axis, scale=alt.Scale(domain=clocks)),
             color=colour,
         )
@@ -95,15 +105,15 @@ def fronts(frame: pl.DataFrame) -> Any:
     panels = frame["latency"].unique(maintain_order=True).to_list()
     width = (WIDTH - 60) // len(panels) - GAP_PX
     colour = alt.Color("series:N", sort=None, scale=alt.Scale(domain=series, range=_colours(series)))
-    axis = alt.Scale(zero=False, nice=True, padding=14)
+    ticks = alt.Axis(tickCount=6, format="~r")
     drawn = []
     for i, panel in enumerate(panels):
         mine = frame.filter(pl.col("latency") == panel).select(
             "latency_ms", "energy_j", "series", "clock", front="on_front"
         )
         base = alt.Chart(mine).encode(
-            x=alt.X("latency_ms:Q", title=panel, scale=axis),
-            y=alt.Y("energy_j:Q", title="J/request" if i == 0 else None, scale=axis),
+            x=alt.X("latency_ms:Q", title=panel, scale=_scale(mine["latency_ms"]), axis=ticks),
+            y=alt.Y("energy_j:Q", title="J/request" if i == 0 else None, scale=_scale(mine["energy_j"]), axis=ticks),
         )
         best = base.transform_filter("datum.front")
         line = best.mark_line(color=MUTED, strokeWidth=1.2, strokeDash=[4, 3]).encode(order="latency_ms:Q")
@@ -111,9 +121,18 @@ def fronts(frame: pl.DataFrame) -> Any:
             color=colour,
             opacity=alt.when("datum.front").then(alt.value(1.0)).otherwise(alt.value(0.35)),
         )
-        named = best.mark_text(dy=-9, fontSize=11, color=INK).encode(text="clock:N")
+        named = best.mark_text(align="left", dx=7, dy=-5, fontSize=11, color=INK).encode(text="clock:N")
         drawn.append((line + points + named).properties(width=width, height=260))
     return alt.concat(*drawn, columns=len(panels), spacing=20)
+
+
+def _scale(values: pl.Series) -> alt.Scale:
+    """An axis of what `values` span, a little wider; without a zero, which a front is far from."""
+    low, high = (float(v) for v in values.to_numpy()[[values.arg_min() or 0, values.arg_max() or 0]])
+    if low > 0 and high / low > WIDE:
+        return alt.Scale(type="log", domain=[low / 1.15, high * 1.4], nice=False)
+    room = 0.08 * (high - low) or 0.08 * high
+    return alt.Scale(domain=[max(0.0, low - room), high + 1.5 * room], nice=False, zero=False)
 
 
 def _clocks(frame: pl.DataFrame) -> list[str]:

@@ -12,7 +12,7 @@ from analysis.drawing import draw_to
 from analysis.groups import ALL
 from analysis.pareto import ENERGY, FRONTS, with_fronts
 from analysis.recommend import setting_name
-from analysis.sweep import INVALID, MISSING, SATURATED, SweepTable, settings_of
+from analysis.sweep import INVALID, MISSING, SATURATED, SweepTable, group_rank, settings_of
 from analysis.sweep_file import SETTING
 from analysis.sweep_text import METRICS, rate_name
 from tracegen.console import plural
@@ -51,24 +51,30 @@ def sweep_figures(table: SweepTable) -> list[SweepFigure]:
 def curves(table: SweepTable, metrics: Iterable[str]) -> list[SweepFigure]:
     """Each of `metrics` against the clock: by TP, by group, and by batch size where that was swept."""
     settings = _rated(table)
-    whole, groups = settings.filter(pl.col("group") == ALL), settings.filter(pl.col("group") != ALL)
+    whole = settings.filter(pl.col("group") == ALL)
+    # A setting without figures has no groups; it keeps its place, empty.
+    groups = whole.select(*SETTING).join(
+        settings.filter(pl.col("group") != ALL), on=list(SETTING), how="left", nulls_equal=True, maintain_order="left"
+    )
+    groups = groups.sort(_rank(pl.col("group")), maintain_order=True)
     kinds: list[tuple[str, str, pl.DataFrame, Sequence[str]]] = [
-        ("tp", "tensor-parallel size", whole.with_columns(series=pl.format("TP{}", "tp")), ("rate_rps", *_CAPS)),
+        ("tp", "tensor-parallel size", whole.with_columns(series=pl.format("TP{}", "tp")), (*_CAPS, "rate_rps")),
         (
             table.by,
             "size" if table.by == "bucket" else table.by,
             groups.with_columns(series="group"),
-            SETTING_BUT_CLOCK,
+            _OF_GROUPS,
         ),
     ]
     if settings["batch_cap"].n_unique() > 1:
         batch = pl.when(pl.col("batch_cap").is_null()).then(pl.lit("no cap")).otherwise(pl.format("{}", "batch_cap"))
-        kinds.append(("batch", "batch size", whole.with_columns(series=batch), ("tp", "rate_rps", "power_cap_w")))
+        kinds.append(("batch", "batch size", whole.with_columns(series=batch), ("power_cap_w", "tp", "rate_rps")))
     drawn = []
     for name in metrics:
         metric = METRICS[name]
         for kind, text, frame, panel in kinds:
-            shown = _shown(frame, panel).with_columns(
+            ranked = frame.with_row_index("rank")
+            shown = _shown(ranked.sort(*panel, nulls_last=True, maintain_order=True), panel).with_columns(
                 value=pl.col(metric.column) * metric.unit, half=pl.col(f"{metric.column}_half") * metric.unit
             )
             if shown["value"].null_count() < shown.height:
@@ -80,13 +86,14 @@ def curves(table: SweepTable, metrics: Iterable[str]) -> list[SweepFigure]:
                 )
                 title = f"{_first_upper(metric.text.split(',')[0])} by {text}"
                 keys = [*SETTING, "series", "standing", "repeats", "value", "half"]
-                chart = charts.lines(shown, metric.text)
-                drawn.append(SweepFigure(f"{name}-by-{kind}", title, says, shown.select(keys), chart))
+                chart = charts.lines(shown, metric.text, _across(frame, panel))
+                behind = shown.drop_nulls("series").select(keys)
+                drawn.append(SweepFigure(f"{name}-by-{kind}", title, says, behind, chart))
     return drawn
 
 
 _CAPS = ("batch_cap", "power_cap_w")
-SETTING_BUT_CLOCK = tuple(name for name in SETTING if name != "freq_mhz")
+_OF_GROUPS = ("batch_cap", "power_cap_w", "tp", "rate_rps")
 
 
 def _of_groups(metric: str, kind: str) -> str:
@@ -107,6 +114,17 @@ def _rated(table: SweepTable) -> pl.DataFrame:
         power_w=pl.col("energy_per_request_j") * pl.col("served") / pl.col("duration_s"),
     )
     return settings_of(table.cells, groups.drop("duration_s"))
+
+
+def _rank(group: pl.Expr) -> pl.Expr:
+    """Where a group stands: sizes from small to large, labels by name, none first."""
+    return group.map_elements(lambda name: f"{group_rank(name)[0]:04d} {name}", pl.String).fill_null("")
+
+
+def _across(frame: pl.DataFrame, panel: Sequence[str]) -> int:
+    """How many panels to a row: as many as the last of what makes a panel has values, where that makes a grid."""
+    several = [frame[name].n_unique() for name in panel if frame[name].n_unique() > 1]
+    return several[-1] if len(several) > 1 else 0
 
 
 def _drawn_invalid(standings: pl.Series) -> str:
@@ -193,7 +211,7 @@ def _what(by: str) -> str:
 def _full(table: SweepTable, part: pl.DataFrame, rate: float | None) -> pl.DataFrame:
     """Every group at every setting of a rate: its joules, or why there are none (`text` is short for it)."""
     at_rate = pl.col("rate_rps").eq_missing(pl.lit(rate, pl.Float64))
-    order = table.settings.filter(pl.col("group") != ALL).select("group").unique(maintain_order=True)
+    order = table.settings.filter(pl.col("group") != ALL).select("group").unique().sort(_rank(pl.col("group")))
     whole = table.settings.filter(at_rate, pl.col("group") == ALL).select(*SETTING, pl.col("standing").alias("state"))
     # A TP that some clocks were not run at has a hole, not a narrower map.
     knobs = [name for name in SETTING if name not in {"rate_rps", "freq_mhz"}]
@@ -274,14 +292,20 @@ def pareto_fronts(table: SweepTable) -> list[SweepFigure]:
 _LATENCIES = {"ttft": "TTFT p99, ms", "tbt": "mean TBT, ms"}
 
 
-def write_figures(table: SweepTable, folder: Path, formats: Sequence[str]) -> list[Path]:
-    """Write all figures of `table` into `folder` in each of `formats` (`FORMATS`); the files.
-
-    Raises `AnalysisError` for a format that is none, or where the file system refuses.
-    """
+def parse_formats(text: str) -> list[str]:
+    """Formats with commas between. Raises `AnalysisError`."""
+    formats = [word.strip() for word in text.split(",")]
     for kind in formats:
         if kind not in FORMATS:
             raise AnalysisError(f"--format '{kind}': use {', '.join(FORMATS)}, several with commas")
+    return formats
+
+
+def write_figures(table: SweepTable, folder: Path, formats: Sequence[str]) -> list[Path]:
+    """Write all figures of `table` into `folder` in each of `formats` (`FORMATS`); the files.
+
+    Raises `AnalysisError` where the file system refuses.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -10,12 +10,13 @@ from itertools import pairwise
 
 import polars as pl
 from paper_numbers import NONE, Book, Number, ratio
-from paper_plans import ECONOMY_MHZ, MEASURED_CAPS, NODE_GPUS, TOP_MHZ, Extent
+from paper_plans import ECONOMY_MHZ, MEASURED_CAPS, NODE_GPUS, OUTPUT_TOKENS, PROMPT_TOKENS, TOP_MHZ, Extent
 
 from analysis.objectives import Wanted
-from analysis.recommend import recommend
+from analysis.recommend import ALONE, CLEAR, recommend
 from analysis.slo import Slo
 from analysis.sweep import SweepTable
+from replay.sim.hardware import load_profile
 
 AGREES, PARTLY, NOT, OPEN = "agrees", "agrees in part", "does not agree", "not judged"
 TTFT_SLO_MS, TBT_SLO_MS = {"S": 250, "M": 400, "L": 2000}, 100  # by prompt; as the same authors' DynamoLLM has them
@@ -163,9 +164,9 @@ def parallelism(book: Book, extent: Extent) -> Finding:
 def cheapest_parallelism(book: Book, extent: Extent) -> Finding:
     """The smallest TP is often cheapest per request; TP8 can win at medium load with the whole node held.
 
-    Agrees where of the TPs that keep the objectives the smallest takes the fewest joules of the GPUs that serve for most
-    sizes at the low load; and at some load above the lowest one TP8 takes fewer joules of the node than the node filled
-    with any smaller TP, by intervals that leave out zero. In part where one of these holds.
+    Agrees where of the TPs that keep the objectives the smallest takes the fewest joules of the GPUs that serve for
+    most sizes at the low load; and at some load above the lowest one TP8 takes fewer joules of the node than the node
+    filled with any smaller TP, by intervals that leave out zero. In part where one of these holds.
     """
     rows, small = [], []
     for size in extent.sizes:
@@ -235,6 +236,8 @@ def batches(book: Book, extent: Extent) -> Finding:
     verdict = AGREES if all(more) and all(missed) else PARTLY if any(more) or any(missed) else NOT
     columns = ("", "batch", "tokens/s", "P99 TTFT, ms", "kept", "TBT, ms", "J/request")
     figures = {"more": book.count(sum(more), len(more)), "missed": book.count(sum(missed), len(missed))}
+    tokens_held = load_profile("dgx-h100", "llama-2-70b").kv_tokens(extent.tps[0])
+    figures["held"] = str(tokens_held // (PROMPT_TOKENS["M"] + OUTPUT_TOKENS["M"]))
     return Finding("batches", verdict, [Table(columns, rows), _caps(book, extent)], figures)
 
 
@@ -291,7 +294,7 @@ def _answer(table: SweepTable, rate_rps: float, size: str) -> str:
     (answer,) = recommend(table, Wanted(slo_of(size)), rate_rps=rate_rps).answers
     if answer.best is None:
         return "none keeps them"
-    return answer.best.name + ("" if answer.verdict == "clear" else f" ({answer.verdict})")
+    return answer.best.name + {CLEAR: "", ALONE: " (no other keeps them)"}.get(answer.verdict, f" ({answer.verdict})")
 
 
 FINDINGS: Sequence[Callable[[Book, Extent], Finding]] = (

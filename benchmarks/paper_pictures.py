@@ -1,6 +1,5 @@
 """The pictures of docs/paper.md."""
 
-import io
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +7,7 @@ import altair as alt
 import polars as pl
 from paper_plans import TOP_MHZ, Extent
 
+from analysis.drawing import draw_to
 from analysis.sweep import INVALID, SOUND, SweepTable
 
 MEASURES = {
@@ -23,8 +23,9 @@ def draw(tables: dict[str, SweepTable], extent: Extent, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     low = {size: _low(table, extent.low_rps(size)) for size, table in tables.items()}
     size = "MM" if "MM" in low else next(iter(low))
-    _save(_clock(low[size], size), folder / "paper-clock.svg")
-    _save(_energy(low), folder / "paper-energy.svg")
+    draw_to(_clock(low[size]), folder, "paper-clock", "svg", f"{size} requests at the low load, by clock", "SIMULATED")
+    title = "J a request of the GPUs that serve, low load; no tile: saturated"
+    draw_to(_energy(low), folder, "paper-energy", "svg", title, "SIMULATED; colour: times the size's least")
 
 
 def _low(table: SweepTable, rate_rps: float) -> pl.DataFrame:
@@ -33,7 +34,7 @@ def _low(table: SweepTable, rate_rps: float) -> pl.DataFrame:
     return kept.group_by("tp", "freq_mhz", maintain_order=True).agg(pl.col(list(MEASURES)).mean())
 
 
-def _clock(cells: pl.DataFrame, size: str) -> Any:
+def _clock(cells: pl.DataFrame) -> Any:
     top = cells.filter(pl.col("freq_mhz") == TOP_MHZ).drop("freq_mhz")
     ratios = cells.join(top, on="tp", suffix="_top").select(
         pl.format("TP{}", "tp").alias("TP"),
@@ -52,7 +53,7 @@ def _clock(cells: pl.DataFrame, size: str) -> Any:
         .properties(width=170, height=150)
     )
     facets = lines.facet(alt.Facet("of:N", title=None, sort=list(MEASURES.values())), columns=2)
-    return facets.resolve_scale(y="independent").properties(title=f"SIMULATED: {size} requests at the low load")
+    return facets.resolve_scale(y="independent")
 
 
 def _energy(low: dict[str, pl.DataFrame]) -> Any:
@@ -71,22 +72,11 @@ def _energy(low: dict[str, pl.DataFrame]) -> Any:
         x=alt.X("freq_mhz:O", title="clock, MHz"), y=alt.Y("size:N", sort=sizes, title=None)
     )
     tiles = base.mark_rect().encode(
-        color=alt.Color(
-            "relative:Q",
-            title="of the least",
-            scale=alt.Scale(scheme="viridis", reverse=True, type="log"),
-            legend=alt.Legend(values=[1, 2, 3, 4, 5], format=".0f"),
-        )
+        color=alt.Color("relative:Q", scale=alt.Scale(scheme="viridis", reverse=True, type="log"), legend=None)
     )
     texts = base.mark_text(fontSize=10).encode(
         text=alt.Text("J:Q", format=",.0f"),
         color=alt.condition("datum.relative > 2", alt.value("white"), alt.value("black")),
     )
-    facets = alt.layer(tiles, texts).properties(width=250, height=190).facet(alt.Facet("TP:N", title=None), columns=3)
-    return facets.properties(title="SIMULATED: J a request at the low load, GPUs that serve; no tile: saturated")
-
-
-def _save(chart: Any, path: Path) -> None:
-    text = io.StringIO()
-    chart.configure(font="Arial, Helvetica, sans-serif", background="white").save(text, format="svg")
-    path.write_text(text.getvalue(), encoding="utf-8")
+    panels = alt.layer(tiles, texts).properties(width=250, height=190)
+    return panels.facet(alt.Facet("TP:N", title=None), columns=3)

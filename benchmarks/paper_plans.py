@@ -50,7 +50,7 @@ class Extent:
     tps: tuple[int, ...] = (2, 4, 8)
     clocks_mhz: tuple[int, ...] = CLOCKS_MHZ
     knees: bool = True  # also the highest rates that were sustained
-    repeated: tuple[str, ...] = ("SS", "MM", "LL")  # sizes that are repeated, for intervals
+    repeated: tuple[str, ...] = ("SS", "MM")  # sizes that are repeated, for intervals
     repeats: int = 3
     least_s: int = 60  # of arrivals
     least_requests: int = 40  # expected at the low load, as far as `MOST_S` lets
@@ -79,7 +79,7 @@ TINY = Extent(
     batch_clocks_mhz=(ECONOMY_MHZ, TOP_MHZ),
     caps=(4, 256),
     backlog=12,
-    node_rates_rps=(("SS", (4,)),),
+    node_rates_rps=(("MM", (1,)),),
 )
 
 
@@ -89,7 +89,7 @@ def sweeps(extent: Extent, folder: Path) -> Iterator[tuple[str, SweepPlan]]:
         grid = Grid(extent.tps, extent.batch_clocks_mhz)
         yield f"batch-{batch}", SweepPlan((grid,), trace=_at_once(folder, "MM", batch), repeats=1, run=_run())
     caps = Grid(extent.tps[:1], (TOP_MHZ,), batch_cap=extent.caps)
-    yield "caps", SweepPlan((caps,), trace=_at_once(folder, "LS", extent.backlog), repeats=1, run=_run())
+    yield "caps", SweepPlan((caps,), trace=_at_once(folder, "MM", extent.backlog), repeats=1, run=_run())
     for size, rates in extent.node_rates_rps:
         for tp in extent.tps:
             yield f"node-{size}-tp{tp}", _plan(extent, size, (Grid((tp,), (TOP_MHZ,), rates),), NODE_GPUS // tp)

@@ -2,7 +2,7 @@
 
 import os
 import resource
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -88,6 +88,12 @@ class Due:
         self.requests += arrival_ns.size
         cells = arrival_ns // self._cell_ns + 1
         self._upto += np.cumsum(np.bincount(cells, minlength=self._upto.size))
+
+    def noting(self, batches: Iterable[pl.DataFrame]) -> Iterator[pl.DataFrame]:
+        """The `batches` of a trace, whose requests are added as they pass."""
+        for batch in batches:
+            self.add(batch["arrival_ns"].to_numpy())
+            yield batch
 
     def by(self, t_ns: int) -> int:
         """How many are due by `t_ns`, from the trace's zero."""

@@ -103,7 +103,7 @@ class Plan:
 
 def make_plan(options: RunOptions) -> Plan:
     """Check `options` and fill in what they leave open. Raises a `WattraceError` for what cannot be run."""
-    _check_values(options)
+    check_values(options)
     source = TraceSource(
         options.trace, options.duration_ns, options.num_prompts, time_scale=options.time_scale, ramp_ns=options.ramp_ns
     )
@@ -120,7 +120,7 @@ def make_plan(options: RunOptions) -> Plan:
     profile = simulated_profile(options) if engine == "sim" else None
     tp = options.tp or named or (smallest_tp(profile) if profile else 1)
     groups = _choose_gpus(options, engine, tp)
-    _check_for_engine(options, engine, known_gpus=bool(groups[0]))
+    check_for_engine(options, engine, known_gpus=bool(groups[0]))
     versions: dict[str, str] = {}
     no_steps = None
     if engine == "vllm":
@@ -156,7 +156,7 @@ def smallest_tp(profile: Profile) -> int:
     return sizes[0]
 
 
-def _check_values(options: RunOptions) -> None:
+def check_values(options: RunOptions) -> None:
     """Raise `ReplayError` for a value that is wrong with any engine."""
     for name, given, known in (
         ("--overlong", options.overlong, OVERLONG),
@@ -219,7 +219,7 @@ def _check_virtual(options: RunOptions) -> None:
             raise ReplayError(f"{name} with --virtual: {why}")
 
 
-def _check_for_engine(options: RunOptions, engine: str, *, known_gpus: bool) -> None:
+def check_for_engine(options: RunOptions, engine: str, *, known_gpus: bool) -> None:
     """Raise `ReplayError` for an option that means nothing to `engine`."""
     for name, asked in (("--freq", options.freq_mhz), ("--power-cap", options.power_cap_w)):
         if asked is not None and not known_gpus:

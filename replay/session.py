@@ -9,7 +9,7 @@ import contextlib
 import os
 import shutil
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
@@ -17,10 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
-import polars as pl
 
 from replay.clock import NS_PER_S, now_ns
-from replay.cut import Due, check_descriptors, cut, worker_count
+from replay.cut import Due, Load, check_descriptors, cut, worker_count
 from replay.engines.attach import bearer
 from replay.engines.base import Engine
 from replay.engines.kept import KeptServers
@@ -41,8 +40,6 @@ from replay.workers import LoadWorkers, yielding
 from replay.workload import Config, plain_http, through_proxies
 from tracegen.console import note, plural
 from tracegen.errors import ReplayError, WattraceError
-from tracegen.schema import read_metadata
-from tracegen.writer import TraceWriter
 
 _LEAD_NS = NS_PER_S // 2  # between the decision to start and the first scheduled time
 _WATCH_S = 0.25
@@ -226,9 +223,7 @@ def _fit(plan: Plan, state: _State, progress: Progress) -> None:
         done, changed = {"drop": "dropped", "clip": "clipped"}[source.overlong], state.survey.changed
         progress.say(f"{done} {plural(changed, 'request')} longer than the model's {limit} tokens")
         state.manifest["overlong"] = {"rule": source.overlong, "requests": changed}
-    with TraceWriter(plan.run_dir / "trace.parquet", read_metadata(plan.options.trace)) as writer:
-        for batch in source.batches():
-            writer.write(batch)
+    source.write(plan.run_dir / "trace.parquet")
     write_manifest(plan.run_dir, state.manifest)
 
 
@@ -257,7 +252,7 @@ def _check_load(plan: Plan) -> None:
             "leave --workers out"
         )
     fast = plan.engine != "url" or plain_http(options.engine)
-    check_descriptors(plan.survey.load, _worker_count(plan, plan.survey, fast=fast), options.max_concurrency)
+    check_descriptors(plan.survey.load, _worker_count(options, plan.survey.load, fast=fast), options.max_concurrency)
     check_space(plan.run_dir, plan.survey.requests, plan.survey.output_tokens, save_chunks=options.save_chunks)
 
 
@@ -267,17 +262,19 @@ def _in_one_place(options: RunOptions) -> bool:
     return caps or options.router == "least-loaded"
 
 
-def _worker_count(plan: Plan, survey: Survey, *, fast: bool) -> int:
-    return worker_count(survey.load, fast=fast, one=_in_one_place(plan.options), asked=plan.options.workers)
+def _worker_count(options: RunOptions, load: Load, *, fast: bool) -> int:
+    return worker_count(load, fast=fast, one=_in_one_place(options), asked=options.workers)
 
 
 def _cut(plan: Plan, state: _State) -> list[Config]:
     """Cut the trace into shards; what each load worker is told."""
     options, served = plan.options, state.prepared.served
     fast = all(plain_http(server.base_url) for server in served)
-    workers = _worker_count(plan, state.survey, fast=fast)
+    workers = _worker_count(options, state.survey.load, fast=fast)
     route = Router(options.router, len(served)).assign
-    cut(_sent(plan, state), route, workers, plan.run_dir, think_time=options.think_time)
+    source = TraceSource(plan.run_dir / "trace.parquet") if state.taken is None else state.taken.source
+    state.due = Due(state.survey.last_ns)
+    cut(state.due.noting(source.batches()), route, workers, plan.run_dir, think_time=options.think_time)
     reserve(plan.run_dir)
     state.manifest["workers"] = [{"worker": number, "host": host()} for number in range(workers)]
     return [
@@ -302,15 +299,6 @@ def _cut(plan: Plan, state: _State) -> list[Config]:
         )
         for number in range(workers)
     ]
-
-
-def _sent(plan: Plan, state: _State) -> Iterator[pl.DataFrame]:
-    """What is sent, some rows at a time; afterwards it is known how much is due when."""
-    source = TraceSource(plan.run_dir / "trace.parquet") if state.taken is None else state.taken.source
-    state.due = Due(state.survey.last_ns)
-    for batch in source.batches():
-        state.due.add(batch["arrival_ns"].to_numpy())
-        yield batch
 
 
 async def _measure(plan: Plan, state: _State, workers: LoadWorkers, progress: Progress) -> None:

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 from replay.cut import Load, Peak, ramped
 from tracegen.errors import ReplayError, TraceError
 from tracegen.schema import SCHEMA_VERSION, check_blocks, check_trace, read_metadata, read_trace
+from tracegen.writer import TraceWriter
 
 BATCH_ROWS = 1 << 16
 _IDS_AT_ONCE = 1 << 20
@@ -144,6 +145,12 @@ class TraceSource:
             fitted = self._fit(batch)
             if fitted.height:
                 yield fitted
+
+    def write(self, path: Path) -> None:
+        """Write the requests to `path`, with the trace's metadata. Raises `TraceError` where that cannot be done."""
+        with TraceWriter(path, read_metadata(self.path)) as writer:
+            for batch in self.batches():
+                writer.write(batch)
 
     def prefixes(self) -> pl.Series | None:
         """The column `prefix_hashes` of all requests; None where the trace has none."""

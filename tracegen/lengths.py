@@ -115,8 +115,8 @@ def parse_mixes(text: str) -> tuple[tuple[Mix, float], ...]:
     Raises `TraceError` for an unknown mix, a share that is no positive number, and a mix that comes twice.
     """
     names, weights = [], []
-    for part in text.split(","):
-        name, _, weight = part.partition(":")
+    for part in [text] if _is_file(text) else text.split(","):
+        name, _, weight = (part, "", "") if _is_file(part) else part.partition(":")
         try:
             weights.append(float(weight or 1))
         except ValueError:
@@ -129,6 +129,11 @@ def parse_mixes(text: str) -> tuple[tuple[Mix, float], ...]:
     if len(set(labels)) < len(labels):
         raise TraceError(f"mix '{text}': a mix comes twice; name each once")
     return tuple((mix, weight / sum(weights)) for mix, weight in zip(mixes, weights, strict=True))
+
+
+def _is_file(text: str) -> bool:
+    """Whether `text` names a mix file that is there, commas and colons being part of its name."""
+    return text.endswith(".toml") and Path(text).is_file()
 
 
 def sample_lengths(mix: Mix, count: int, seed: int, window: int = 0, suffix: str = "") -> tuple[Tokens, Tokens]:

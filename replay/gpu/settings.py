@@ -2,7 +2,7 @@
 
 `GpuSettings` starts a small process that sets both and gives both back when its standard input closes: at the end of
 the run, on an error, on Ctrl-C, and when replay is killed with SIGKILL. Whether the clocks held under load is told by
-the readings (`replay.verdicts.clocks_held`).
+the readings (`replay.verdicts.clocks`).
 
 A clock is given back by unlocking it, for a driver does not tell whether, and at what, it was locked before; a cap by
 restoring the limit that was there before. Should that process itself be killed with SIGKILL, replay restores both when

@@ -200,7 +200,11 @@ def sweep(
     if not asked.virtual:
         give_back_freed_memory()
     with open_progress(quiet=quiet) as progress:
-        document = run_sweep(asked, folder, progress, Asked(jobs, retry_failed))
+        try:
+            document = run_sweep(asked, folder, progress, Asked(jobs, retry_failed))
+        except KeyboardInterrupt:
+            progress.warn(f"{folder}: cut off; 'replay sweep -o {folder}' goes on")
+            raise
     if as_json:
         print_json(document)
     else:

@@ -9,7 +9,7 @@ from pathlib import Path
 from replay.engines.vllm import DEFAULT_MODEL
 from replay.gpu.base import Gpus, open_gpus
 from replay.gpu.settings import nearest_clock
-from replay.plan import choose_engine, simulated_profile, smallest_tp
+from replay.plan import check_for_engine, check_values, choose_engine, simulated_profile, smallest_tp
 from replay.sim.hardware import Hardware
 from replay.sim.profile import Profile
 from replay.sweep.plan import Grid, Setting, SweepPlan
@@ -34,15 +34,17 @@ class Resolved:
 
 def resolve(plan: SweepPlan) -> Resolved:
     """Fill in what `plan` leaves open. Raises a `WattraceError` where no cell could run."""
+    check_values(plan.run)
     engine, _ = choose_engine(plan.run)
     profile = simulated_profile(plan.run) if engine == "sim" else None
-    if engine == "url":
-        _check_attached(plan)
     news: list[str] = []
     tp = len(plan.run.gpus or ()) // plan.run.replicas or (smallest_tp(profile) if profile else 1)
     with _gpus(plan, profile) as gpus:
-        grids = tuple(_grid(grid, tp, plan, gpus, news) for grid in plan.grids)
+        grids = tuple(_grid(grid, tp, plan, profile, gpus, news) for grid in plan.grids)
     plan = replace(plan, grids=grids)
+    if engine == "url":
+        _check_attached(plan)
+    check_for_engine(plan.options(plan.cells()[0], Path(), Path()), engine, known_gpus=_known_gpus(plan, engine))
     refused = _refused(plan) if profile else {}
     if len(refused) == len(plan.settings()):
         raise ReplayError(f"no cell can run: {next(iter(refused.values()))}")
@@ -50,7 +52,7 @@ def resolve(plan: SweepPlan) -> Resolved:
     return Resolved(plan, _ENGINES[engine], model, profile, refused, tuple(unique(news)))
 
 
-def _grid(grid: Grid, tp: int, plan: SweepPlan, gpus: Gpus | None, news: list[str]) -> Grid:
+def _grid(grid: Grid, tp: int, plan: SweepPlan, profile: Profile | None, gpus: Gpus | None, news: list[str]) -> Grid:
     """`grid` with a TP, clocks that there are, and a rate where one must be chosen."""
     rates = grid.rate_rps
     if rates == (None,) and plan.mix is not None and plan.arrivals != PRODUCTION:
@@ -63,6 +65,8 @@ def _grid(grid: Grid, tp: int, plan: SweepPlan, gpus: Gpus | None, news: list[st
         if mhz != asked:
             merged = ", which is in the list already" if mhz in clocks or mhz in grid.freq_mhz else ""
             news.append(f"--freq {asked}: not a clock of this GPU; the nearest is {mhz} MHz{merged}")
+        if profile is not None and mhz is not None and mhz > (held_mhz := profile.time.sustained_mhz):
+            news.append(f"--freq {asked}: under load this GPU holds {held_mhz:.0f} MHz at most, which its verdict says")
         clocks.append(mhz)
     return replace(grid, tp=grid.tp or (tp,), rate_rps=rates, freq_mhz=unique(clocks))
 
@@ -101,6 +105,11 @@ def _refused(plan: SweepPlan) -> dict[Setting, str]:
         elif plan.run.gpus is not None and len(plan.run.gpus) != wanted:
             refused[setting] = f"--tp {setting.tp} takes {wanted} GPUs, but --gpus names {len(plan.run.gpus)}"
     return refused
+
+
+def _known_gpus(plan: SweepPlan, engine: str) -> bool:
+    """Whether it is known which GPUs serve."""
+    return engine != "url" or plan.run.gpus is not None
 
 
 def _check_attached(plan: SweepPlan) -> None:

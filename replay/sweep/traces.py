@@ -10,7 +10,7 @@ from tracegen.durations import NS_PER_S
 from tracegen.schema import file_sha256, read_trace, write_trace
 from tracegen.synthesize import synthesize_file
 from tracegen.transform.files import scale_trace, slice_trace
-from tracegen.workload import Workload
+from tracegen.workload import Workload, make_plan
 
 TRACES = "traces"
 _WHOLE = "trace.parquet"  # the trace that was given, or as much of it as was asked for
@@ -23,11 +23,22 @@ def trace_path(plan: SweepPlan, cell: Cell, folder: Path) -> Path:
 
 
 def source(plan: SweepPlan) -> dict[str, Any]:
-    """What the traces are made of, as `sweep.json` says it. Raises `TraceError` for a trace that cannot be read."""
+    """What the traces are made of, as `sweep.json` says it.
+
+    Raises `TraceError` for a trace that cannot be read, and a mix that cannot be synthesized at one of the rates.
+    """
     if plan.trace is not None:
         read_trace(plan.trace)  # what is wrong with it is said before anything is written
         return {"path": str(plan.trace), "sha256": file_sha256(plan.trace), "duration_ns": plan.duration_ns}
+    for rate in plan.rates():
+        make_plan(_workload(plan, rate, plan.seed))
     return {"mix": plan.mix, "duration_ns": plan.duration_ns or DEFAULT_DURATION_NS, "arrivals": plan.arrivals}
+
+
+def _workload(plan: SweepPlan, rate: float | None, seed: int) -> Workload:
+    """The mix at one rate."""
+    assert plan.mix is not None
+    return Workload(plan.mix, rate, plan.duration_ns or DEFAULT_DURATION_NS, seed, plan.arrivals)
 
 
 def make_trace(plan: SweepPlan, cell: Cell, folder: Path, say: Callable[[str], None]) -> Path:
@@ -41,8 +52,7 @@ def make_trace(plan: SweepPlan, cell: Cell, folder: Path, say: Callable[[str], N
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
     if plan.mix is not None:
-        duration_ns = plan.duration_ns or DEFAULT_DURATION_NS
-        synthesize_file(path, Workload(plan.mix, cell.rate_rps, duration_ns, seed, plan.arrivals))
+        synthesize_file(path, _workload(plan, cell.rate_rps, seed))
         return path
     whole = _whole(plan, folder)
     if cell.rate_rps is not None:

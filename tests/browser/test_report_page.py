@@ -2,18 +2,51 @@
 
 import re
 
+import polars as pl
 import pytest
 from axe_playwright_python.sync_playwright import Axe
 
+from analysis.objectives import Wanted
+from analysis.recommend import recommend
 from analysis.report import run_page
 from analysis.report_page import write_page
+from analysis.report_sweep import sweep_page
 from analysis.saved import ensure_energy
+from analysis.sweep import CELLS, GROUPS, SweepTable, settings_of
 from benchmarks.made_runs import Load, make_run
 from replay.rundir import Run, write_manifest
 
 pytestmark = pytest.mark.browser
 EVIL = '</script><script>alert("x")</script><img src="http://evil.example/a.png" onerror="alert(1)">\'"&<!--{{ 7*7 }}'
 PHONE = {"width": 360, "height": 740}
+
+
+@pytest.fixture(scope="module")
+def sweep_report(tmp_path_factory):
+    """A page about a made-up sweep of two sizes, with markup in what a sweep's file and its runs say."""
+    figures = dict.fromkeys((n for n, dtype in CELLS.items() if dtype.is_numeric()), 1) | {"slo_attainment": 1.0}
+    rows = [
+        {
+            **figures, "cell": f"{tp}-{mhz}-{repeat}", "run": "cells/none", "state": "complete", "standing": "sound",
+            "tp": tp, "freq_mhz": mhz, "rate_rps": 1.0, "batch_cap": None, "power_cap_w": None, "repeat": repeat,
+            "energy_per_request_j": tp * mhz / 10 + repeat * mhz / 100, "ttft_p99_ms": 1e6 / (tp * mhz),
+        }
+        for tp in (2, 8) for mhz in (800.0, 1200.0, 1980.0) for repeat in (0, 1)
+    ]  # fmt: skip
+    failed = {**dict.fromkeys(CELLS), **{n: rows[0][n] for n in ("rate_rps", "freq_mhz", "repeat")}, "tp": 1}
+    failed |= {"cell": EVIL, "state": "failed", "why": EVIL, "standing": "missing"}
+    groups = [{**row, "group": group} for row in rows for group in ("small", EVIL)]
+    cells = pl.DataFrame([{n: row[n] if n in row else None for n in CELLS} for row in [failed, *rows]], schema=CELLS)
+    grouped = pl.DataFrame([{n: row[n] for n in GROUPS} for row in groups], schema=GROUPS)
+    wanted, folder = Wanted(), tmp_path_factory.mktemp("sweep")
+    (folder / "plan.toml").write_text(f'mix = "{EVIL}"', encoding="utf-8")
+    table = SweepTable(
+        folder, True, "virtual", EVIL, "simulated", "label", "gpu", wanted.slo, cells, grouped,
+        settings_of(cells, grouped), [(EVIL, "failed", EVIL)], [EVIL],
+    )  # fmt: skip
+    path = folder / "sweep.html"
+    write_page(sweep_page(table, recommend(table, wanted), EVIL), path)
+    return path
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +87,28 @@ def test_markup_from_a_run_is_text_in_the_browser_too(opened, report):
         assert EVIL in page.inner_text("h1")
         assert page.locator("img").count() == 0
         assert page.evaluate("[...document.querySelectorAll('script:not([type])')].length") == 1
+
+
+def test_a_sweeps_settings_sort_and_filter(opened, sweep_report):
+    with opened(sweep_report) as page:
+        assert EVIL in page.inner_text("#answer ~ section >> nth=-1"), "the plan, as text"
+        table = page.get_by_role("table", name="Every setting")
+        table.get_by_role("columnheader", name="J/request").get_by_role("button").click()
+        found = numbers(column(page, table, "J/request"))
+        assert found == sorted(found)
+        assert column(page, table, "J/request")[-1] == "-", "what has no figure stands last"
+        page.get_by_role("searchbox", name="Filter rows of Every setting").fill("1980")
+        assert set(column(page, table, "MHz")) == {"1980"}
+        assert sorted(column(page, table, "TP")) == ["2", "8"]
+
+
+@pytest.mark.parametrize("viewport", [{"width": 1280, "height": 900}, PHONE], ids=["desktop", "phone"])
+def test_a_sweeps_page_fits_and_is_read_by_a_screen_reader(opened, sweep_report, viewport):
+    with opened(sweep_report, viewport=viewport) as page:
+        found = Axe().run(page, context={"exclude": [["svg"]]})
+        assert found.violations_count == 0, found.generate_report()
+        page.evaluate("document.querySelectorAll('details').forEach((part) => { part.open = true; })")
+        assert page.evaluate("document.documentElement.scrollWidth") == viewport["width"]
 
 
 def test_a_script_that_slips_in_is_not_run(opened, report, tmp_path):

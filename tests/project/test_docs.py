@@ -1,5 +1,6 @@
 """The documents tell the truth: their examples run, their tables and commands are the code's."""
 
+import json
 import os
 import re
 import subprocess
@@ -62,6 +63,18 @@ def test_the_workload_page_runs_as_written(tmp_path):
         assert (tmp_path / picture).read_text(encoding="utf-8").startswith("<svg")
     assert tomllib.loads((tmp_path / "to-share.toml").read_text(encoding="utf-8"))["privacy"]["epsilon"] == 1
     assert not (tmp_path / "damaged.parquet").exists()
+
+
+def test_the_page_on_sweeps_runs_as_written(tmp_path):
+    for _, text in blocks(DOCS / "sweep.md", ("sh",)):
+        done = subprocess.run(
+            ["sh", "-euc", text], cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, f"{text}\n{done.stdout}\n{done.stderr}"
+        assert "SIMULATED" in done.stdout, text
+    for sweep, cells in (("sweep", 24), ("planned", 14)):
+        document = json.loads((tmp_path / sweep / "sweep.json").read_text())
+        assert [cell["state"] for cell in document["cells"]] == ["complete"] * cells
 
 
 def test_the_queries_run_as_written(virtual_run, tmp_path, monkeypatch, capfd):

@@ -161,7 +161,7 @@ def test_own_tokens_are_what_a_turn_adds():
     assert tied.own_tokens.tolist() == [9, 5, 7]
     assert tied.outputs.tolist() == [6, 7, 3]
     assert tied.starts_ns.tolist() == [2000 * NS_PER_S, 3000 * NS_PER_S]
-    assert tied.structure["turns"] == pytest.approx(5 / 3, rel=0.01)  # two of five have a next one
+    assert tied.structure["turns"] == pytest.approx(2, rel=0.01)  # of four; the last one says nothing
 
 
 @pytest.mark.parametrize(("turns", "think_s", "sigma"), [(10, 60.0, 1.0), (20, 30.0, 0.5), (5, 100.0, 0.8)])

@@ -181,6 +181,9 @@ def test_a_mix_file_of_ones_own(tmp_path):
     mix = load_mix(str(path))
     assert (mix.name, mix.high, mix.arrivals) == ("my", (100, 10), {})
     assert [(m.name, share) for m, share in parse_mixes(f"{path}:3,chat:1")] == [("my", 0.75), ("chat", 0.25)]
+    for name in ("a,b", "a:b"):
+        path.with_name(f"{name}.toml").write_text(MINIMAL)
+        assert [m.name for m, _ in parse_mixes(str(tmp_path / f"{name}.toml"))] == [name]
 
 
 @pytest.mark.parametrize(

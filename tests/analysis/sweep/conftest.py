@@ -76,7 +76,7 @@ def _trace(seed):
             "request_id": rows,
             "arrival_ns": rows * 10**9 + seed * 10**8,
             "input_tokens": 200 + 400 * (rows % 2) + 10 * seed,
-            "output_tokens": 40 + 30 * (rows % 3),
+            "output_tokens": 30 + 15 * (rows % 3),
             "client_id": rows % 4,
             "label": ["one", "two", "two"] * 8,
         },

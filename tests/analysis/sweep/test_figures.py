@@ -85,10 +85,30 @@ def test_clocks_stand_in_order_with_the_drivers_own_last(swept):
     assert figure.chart.to_dict()["concat"][0]["layer"][0]["encoding"]["x"]["sort"] == ["800", "1980", "unlocked"]
 
 
+def test_sizes_stand_in_order_even_where_the_first_panel_lacks_one(table_of):
+    cells = [{"rate_rps": rate, "freq_mhz": clock} for rate in (1.0, 2.0) for clock in (800.0, 1200.0)]
+    groups = [{**cell, "group": group} for cell in cells for group in ("SS", "SL", "LL")]
+    table = table_of(cells, [g for g in groups if (g["rate_rps"], g["group"]) != (1.0, "SL")])
+    figure = next(f for f in curves(table, ["energy"]) if f.name == "energy-by-bucket")
+    colour = figure.chart.to_dict()["concat"][0]["layer"][0]["encoding"]["color"]
+    assert colour["scale"]["domain"] == ["SS", "SL", "LL"]
+    for heat in heat_maps(table):
+        assert heat.frame["group"].unique(maintain_order=True).to_list() == ["SS", "SL", "LL"]
+
+
+def test_a_setting_without_any_figure_keeps_its_panel(swept):
+    saturated = {(2, clock): "saturated" for clock in (800.0, 1980.0, None)}
+    figure = next(f for f in curves(swept(saturated), ["energy"]) if f.name == "energy-by-bucket")
+    first, second = figure.chart.to_dict()["concat"]
+    assert (first["title"], second["title"]) == ("TP2", "TP4")
+    assert first["mark"]["type"] == "text"
+    assert set(figure.frame.drop_nulls("value")["tp"]) == {4}
+
+
 def test_power_and_throughput_of_a_size_are_over_the_windows_seconds(swept):
     table = swept()
-    power, rate = curves(table, ["power", "throughput"])[1::2]
-    assert (power.name, rate.name) == ("power-by-bucket", "throughput-by-bucket")
+    drawn = {figure.name: figure for figure in curves(table, ["power", "throughput"])}
+    power, rate = (drawn[f"{name}-by-bucket"] for name in ("power", "throughput"))
     assert set(rate.frame["value"].to_list()) == {10.0}, "a hundred requests in ten seconds"
     energy = table.settings.filter(pl.col("group") != "all")["energy_per_request_j"] * 10.0
     assert power.frame["value"].to_list() == pytest.approx(energy.to_list())
@@ -140,8 +160,8 @@ def test_names_from_a_run_are_escaped_in_drawings(table_of):
         assert "<script" not in svg(figure.chart)
 
 
-def test_a_format_that_is_none_is_refused(sweep_dir, cli, tmp_path):
-    code, _, err = cli("figures", str(sweep_dir), "-o", str(tmp_path / "f"), "--format", "svg,gif")
+def test_a_format_that_is_none_is_refused_before_anything_is_read(cli, tmp_path):
+    code, _, err = cli("figures", str(tmp_path), "-o", str(tmp_path / "f"), "--format", "svg,gif")
     assert code == 2
     assert "--format 'gif': use png, svg, vega, csv" in err
     assert not (tmp_path / "f").exists()

@@ -29,7 +29,7 @@ def test_the_answer_stands_first_and_says_what_it_saves(table_of):
     page = page_of(two_clocks(table_of))
     assert page.answer[0].text.startswith("At 1 requests/s: TP2 1200 MHz, ")
     assert "1980 MHz" in page.answer[0].more
-    assert "saves" in page.answer[0].more
+    assert "Saves 17.2 %" in page.answer[0].more
     html = render_page(page)
     body = html[html.index("<main>") :]
     assert body.index("TP2 1200 MHz") < body.index("<svg")

@@ -128,3 +128,48 @@ def test_cooling_down_ends_when_power_is_back_or_the_time_is_over_or_nobody_can_
     assert found["idle_w"] == watts[-1]
     assert len(watts) - len(left) == {3: 3, 50: 20, 1: 1}[len(watts)]
     assert not (tmp_path / "c").exists()
+
+
+VLLM_PLAN = """
+mix = "chat"
+duration = "2s"
+repeats = 1
+cool-down-max = "20s"
+[[grid]]
+tp = 1
+freq = [1200, 1980]
+rate = 5
+[run]
+engine = "vllm"
+model = "org/model"
+idle = "1s"
+record-steps = false
+overlong = "clip"
+"""
+
+
+@pytest.mark.parametrize("mode", ["", "die"])
+def test_a_launched_server_serves_its_block_or_all_of_it_has_failed(
+    mode, tmp_path, command, driver, vllm_package, processes
+):
+    (tmp_path / "p.toml").write_text(VLLM_PLAN)
+    env = {**driver(gpus=1), "PYTHONPATH": str(vllm_package), "FAKE_VLLM_MODE": mode}
+    process = command("sweep", "--plan", "p.toml", "-o", "s", "--quiet", env=env)
+    _, err = process.communicate(timeout=120)
+    cells = cells_of(tmp_path / "s")
+    if mode == "die":
+        assert process.returncode == 2
+        assert "CUDA out of memory" in err.splitlines()[-1]
+        assert [cell["state"] for cell in cells] == ["failed", "failed"]
+        assert "the server of its block did not start" in cells[1]["why"]
+        return
+    assert process.returncode == 0, err
+    assert [cell["state"] for cell in cells] == ["complete", "complete"]
+    manifests = [Run.open(tmp_path / "s" / cell["run"]).manifest for cell in cells]
+    commands = {tuple(manifest["instances"][0]["command"]) for manifest in manifests}
+    assert len(commands) == 1, "the same port: one server"
+    assert [manifest["instances"][0]["freq_mhz"] for manifest in manifests] == [cell["freq_mhz"] for cell in cells]
+    assert {manifest["engine"] for manifest in manifests} == {"vllm"}
+    assert [manifest.get("warmups") for manifest in manifests] == [8, None]
+    assert cells[1]["cool_down"]["back"] in {True, False}
+    assert not processes(tmp_path / "s")
