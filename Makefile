@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 VLLM := .venv-vllm
 
-.PHONY: setup setup-vllm setup-browser demo test test-vllm check bench docs lock clean
+.PHONY: setup setup-vllm setup-browser demo test test-vllm check bench paper docs lock clean
 
 setup: $(VENV)/.current
 
@@ -50,6 +50,10 @@ docs: setup
 
 bench: setup
 	$(BIN)/python benchmarks/run.py
+
+# Simulates hundreds of cells in virtual time, then writes docs/paper.md: minutes; goes on where it was cut off.
+paper: setup
+	$(BIN)/python benchmarks/paper.py
 
 # A fresh environment's newest versions that pyproject.toml allows, written down exactly.
 lock:

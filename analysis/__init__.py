@@ -9,6 +9,8 @@ What the commands do, in Python, on `run = replay.rundir.Run.open(PATH)`:
 - `analysis.buckets.bucket_table(run, energy.requests)`: requests by size or label.
 - `analysis.serving.serving(run, energy, question)`: latencies, rates, goodput and power, also by time window.
 - `analysis.compare.compare(a, b, energy_a, energy_b)`, `analysis.compare.compare_arms(a, b)` for repeated runs.
+- `analysis.sweep.load_sweep(dir)` and `analysis.recommend.recommend(table, wanted)`: a sweep, and its best setting.
+- `analysis.top.top(run, energy)`: who cost most.
 - `analysis.report.write_report(runs, energies, path, title)`.
 
 And over many runs at once, `runs = analysis.open_runs("runs/*")`: `runs.requests()`, `runs.steps()`, `runs.sql(TEXT)`

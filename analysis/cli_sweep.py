@@ -159,7 +159,8 @@ def recommend(
         return
     prose([*text.opening(found), ""])
     if len(found.answers) > 1:
-        print_table(*text.answer_rows(found), left=2, wrap=True)
+        headings, rows = text.answer_rows(found)
+        print_table(headings, rows, left=[h in {by, "best", "next"} for h in headings], wrap=True)
         say()
     for answer in found.answers if not per_bucket else ():
         prose([*text.answer_lines(found, answer, gpu_hour_price), ""])

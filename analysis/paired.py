@@ -20,6 +20,7 @@ from analysis.latency import answered
 from analysis.load import open_run
 from analysis.requests import CORE, request_table
 from analysis.saved import ensure_energy
+from analysis.sweep_cells import OF_THAT_NAME
 
 FEWEST_REQUESTS = 10  # as `analysis.compare.FEWEST_PAIRS`
 
@@ -115,7 +116,7 @@ class Requests:
         rest_j = (own_j - float(table["energy_j"].sum())) / max(table.height, 1)
         return table.select(
             "request_id",
-            pl.col(self._by).cast(pl.String).fill_null(UNLABELLED).alias("group"),
+            pl.col(self._by).cast(pl.String).fill_null(UNLABELLED).replace(ALL, OF_THAT_NAME).alias("group"),
             "e2el_ms",
             pl.col("energy_j").alias("j"),
             (pl.col("energy_j") + rest_j).alias("whole_j"),

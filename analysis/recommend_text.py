@@ -33,6 +33,8 @@ def answer_lines(found: Recommendation, answer: Answer, price: float | None = No
         *(f"  {line}" for line in _runner_up(found, answer)),
         *(f"  {_versus(found, versus)}" for versus in answer.against),
     ]
+    if not answer.against and answer.losers:
+        lines.append("  it is the highest clock of its TP and the fastest of all: there is nothing to set it against")
     if best.repeats < best.planned:
         lines.append(f"  {best.name} has {best.repeats} of {best.planned} repeats")
     return lines
@@ -85,7 +87,7 @@ def _list(names: Sequence[str]) -> str:
 def _apart(apart: Apart | None, noun: str) -> str:
     """A difference with its interval, and what that is from."""
     if apart is None:
-        return f"no repeat in common, so no known difference in {noun}"
+        return f"no repeat with values in common, so no known difference in {noun}"
     return f"{apart.percent:+z.1f} % {noun}{interval(apart)}"
 
 
@@ -101,7 +103,7 @@ def _versus(found: Recommendation, versus: Versus) -> str:
     """What the best saves against another setting."""
     whom = f"{versus.option.name}, {versus.what}{_but(versus.option)}"
     if versus.apart is None:
-        return f"no repeat in common with {whom}"
+        return f"no repeat with values in common with {whom}"
     noun = found.objective.noun
     if versus.apart.low_percent is not None and not versus.apart.told:
         return f"not enough data to tell it from {whom}: {_apart(versus.apart, noun)}"

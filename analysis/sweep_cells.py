@@ -15,6 +15,7 @@ from replay.rundir import Run
 from tracegen.errors import AnalysisError, RunError
 
 PERCENTILES = (50.0, 99.0)
+OF_THAT_NAME = "all (label)"  # a group that is called as all requests together are
 _PER_GROUP = {  # of `analysis.groups.aggregate`
     "requests": "requests",
     "answered": "served",
@@ -82,12 +83,9 @@ def cell_figures(path: Path, by: str, scope: str, slo: Slo | None) -> CellFigure
     except (AnalysisError, RunError) as error:
         return CellFigures({}, [], why=str(error))
     unasked = [] if slo is not None else [name for name in GROUP_FIGURES if name.startswith("slo_")]
-    groups = [
-        {"group": row["group"], **_renamed(row), **dict.fromkeys(unasked)}
-        for row in answer.figures.iter_rows(named=True)
-    ]
-    whole = groups.pop()
-    assert whole.pop("group") == ALL
+    *each, whole = (_renamed(row) | dict.fromkeys(unasked) for row in answer.figures.iter_rows(named=True))
+    names = answer.figures["group"].head(-1).to_list()
+    groups = [{"group": OF_THAT_NAME if name == ALL else name, **row} for name, row in zip(names, each, strict=True)]
     rates = answer.whole
     row = {
         **whole,

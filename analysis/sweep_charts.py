@@ -30,7 +30,7 @@ CELL_PX, ROW_PX = 40, 24
 
 
 def lines(frame: pl.DataFrame, title: str, across: int) -> Any:
-    """A metric against the clock, `across` panels in a row. `frame`: clock, series, rank (of series), panel, value, half.
+    """A metric against the clock, `across` panels in a row. `frame`: clock, series and its rank, panel, value, half.
 
     What has no value leaves a gap; a panel without any says so.
     """

@@ -36,7 +36,7 @@ def sweep_report(tmp_path_factory):
     failed = {**dict.fromkeys(CELLS), **{n: rows[0][n] for n in ("rate_rps", "freq_mhz", "repeat")}, "tp": 1}
     failed |= {"cell": EVIL, "state": "failed", "why": EVIL, "standing": "missing"}
     groups = [{**row, "group": group} for row in rows for group in ("small", EVIL)]
-    cells = pl.DataFrame([{n: row[n] if n in row else None for n in CELLS} for row in [failed, *rows]], schema=CELLS)
+    cells = pl.DataFrame([{n: row.get(n) for n in CELLS} for row in [failed, *rows]], schema=CELLS)
     grouped = pl.DataFrame([{n: row[n] for n in GROUPS} for row in groups], schema=GROUPS)
     wanted, folder = Wanted(), tmp_path_factory.mktemp("sweep")
     (folder / "plan.toml").write_text(f'mix = "{EVIL}"', encoding="utf-8")
@@ -92,12 +92,12 @@ def test_markup_from_a_run_is_text_in_the_browser_too(opened, report):
 def test_a_sweeps_settings_sort_and_filter(opened, sweep_report):
     with opened(sweep_report) as page:
         assert EVIL in page.inner_text("#answer ~ section >> nth=-1"), "the plan, as text"
-        table = page.get_by_role("table", name="Every setting")
+        table = page.get_by_role("table", name="Every setting", exact=True)
         table.get_by_role("columnheader", name="J/request").get_by_role("button").click()
         found = numbers(column(page, table, "J/request"))
         assert found == sorted(found)
         assert column(page, table, "J/request")[-1] == "-", "what has no figure stands last"
-        page.get_by_role("searchbox", name="Filter rows of Every setting").fill("1980")
+        page.get_by_role("searchbox", name="Filter rows of Every setting", exact=True).fill("1980")
         assert set(column(page, table, "MHz")) == {"1980"}
         assert sorted(column(page, table, "TP")) == ["2", "8"]
 

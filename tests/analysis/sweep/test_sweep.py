@@ -7,8 +7,9 @@ import polars as pl
 import pytest
 
 from analysis.load import open_run
+from analysis.requests import request_table
 from analysis.saved import ensure_energy
-from analysis.slo import DEFAULT_SLO
+from analysis.slo import DEFAULT_SLO, Slo
 from analysis.sweep import GROUPS, MEANS, load_sweep
 from analysis.sweep_file import read_sweep
 from tracegen.errors import AnalysisError, RunError
@@ -49,6 +50,22 @@ def test_the_figures_are_those_of_the_runs(sweep_dir):
     groups = table.groups.filter(pl.col("cell") == row["cell"])
     joules = (groups["energy_per_request_j"] * groups["served"]).sum()
     assert joules == pytest.approx(requests["energy_j"].sum())
+
+
+def test_the_share_that_met_each_objective_is_told_apart(sweep_dir):
+    bounds = {"ttft": (90.0, 170.0, 170.0), "tpot": (46.9,) * 3, "e2el": (2850.0,) * 3}
+    row = load_sweep(sweep_dir, slo=Slo(bounds)).cells.row(0, named=True)
+    table = request_table(open_run(sweep_dir / row["run"]))
+    first = pl.when(pl.col("bucket").str.starts_with("S")).then(90.0).otherwise(170.0)
+    met = {
+        "ttft": table["ttft_ms"] <= table.select(first).to_series(),
+        "tbt": table["tpot_ms"] <= 46.9,
+        "e2e": table["e2el_ms"] <= 2850.0,
+    }
+    for name, kept in met.items():
+        assert row[f"slo_attainment_{name}"] == pytest.approx(kept.mean()), name
+    assert row["slo_attainment"] == pytest.approx((met["ttft"] & met["tbt"] & met["e2e"]).mean())
+    assert 0 < row["slo_attainment"] < 1
 
 
 def test_a_setting_is_the_mean_of_its_repeats_and_its_interval_students(sweep_dir):
