@@ -172,7 +172,7 @@ def recommend(
         say()
     prose(text.closing(found))
     if len(found.answers) > 1:
-        say("why the others lose at a rate: --rate RATE; all of it: --json")
+        say(f"why the others lose: {'--json' if per_bucket else '--rate RATE, or --json'}")
 
 
 def top(

@@ -25,6 +25,7 @@ def waterfall(frame: pl.DataFrame) -> str:
     room = 1.16  # for the figure behind the longest bar
     scale = alt.Scale(domain=[0, room * max(frame["end"].to_list())], nice=False)
     colour = alt.Scale(domain=parts, range=[COLOURS[part] for part in parts])
+    ticks = alt.Axis(tickCount=6)
     rows = alt.Axis(ticks=False, domain=False, labelColor=INK)
     panels = []
     for run in runs:
@@ -32,7 +33,7 @@ def waterfall(frame: pl.DataFrame) -> str:
             y=alt.Y("part:N", sort=parts, title=None, axis=rows)
         )
         bars = base.mark_bar(cornerRadius=1.5, height=17).encode(
-            x=alt.X("start:Q", title="J per served request" if run == runs[-1] else None, scale=scale),
+            x=alt.X("start:Q", title="J per served request" if run == runs[-1] else None, scale=scale, axis=ticks),
             x2="end:Q",
             color=alt.Color("part:N", scale=colour, legend=None),
         )

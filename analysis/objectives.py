@@ -34,14 +34,18 @@ class Wanted:
             raise AnalysisError(f"--attainment {self.attainment:g}: give a share of requests in (0, 1], such as 0.99")
 
     def __str__(self) -> str:
-        names = {"ttft": "TTFT", "tpot": "TBT", "e2el": "E2E"}
-        said = [
-            f"{names[metric]} {'/'.join(f'{b:g}' for b in dict.fromkeys(bounds))} ms"
-            for metric, bounds in self.slo.bounds_ms.items()
-        ]
         tail = [] if self.tbt_p99_ms is None else [f"99 % of gaps between tokens within {self.tbt_p99_ms:g} ms"]
-        met = [f"{' and '.join(said)} for {100 * self.attainment:g} % of requests"] if said else []
+        met = [f"{bounds_text(self.slo)} for {100 * self.attainment:g} % of requests"] if self.slo.bounds_ms else []
         return ", ".join([*met, *tail])
+
+
+def bounds_text(slo: Slo) -> str:
+    """The bounds of `slo` for people: one each, or three for short, medium and long inputs."""
+    names = {"ttft": "TTFT", "tpot": "TBT", "e2el": "E2E"}
+    return " and ".join(
+        f"{names[metric]} {'/'.join(f'{b:g}' for b in (bounds if len(set(bounds)) > 1 else bounds[:1]))} ms"
+        for metric, bounds in slo.bounds_ms.items()
+    )
 
 
 def parse_wanted(text: str | None, attainment: float = DEFAULT_ATTAINMENT) -> Wanted:

@@ -4,8 +4,20 @@ from collections.abc import Sequence
 
 from analysis.groups import ALL
 from analysis.paired import Apart
-from analysis.recommend import ALONE, CLEAR, NONE, OPEN, Answer, Loser, Miss, Option, Recommendation, Versus
-from analysis.sweep_text import headline, missing_lines, percent, rate_name, short, with_half
+from analysis.recommend import (
+    ALONE,
+    CLEAR,
+    NONE,
+    OPEN,
+    Answer,
+    Loser,
+    Miss,
+    Option,
+    Recommendation,
+    Versus,
+    setting_name,
+)
+from analysis.sweep_text import headline, missing_lines, percent, rate_name, row_name, short, with_half
 from tracegen.console import plural
 
 S_PER_HOUR = 3600.0
@@ -137,7 +149,7 @@ def loser_rows(found: Recommendation, answer: Answer) -> tuple[list[str], list[l
     """Headings and cells: every other setting, how far it is from the best, and why it loses."""
     rows = [
         [
-            loser.option.name,
+            _on_two_lines(loser.option),
             with_half(loser.option.value, loser.option.half),
             "-" if loser.apart is None else f"{loser.apart.percent:+z.1f} %",
             _span(loser.apart),
@@ -146,6 +158,12 @@ def loser_rows(found: Recommendation, answer: Answer) -> tuple[list[str], list[l
         for loser in answer.losers
     ]
     return ["", found.objective.unit, "against\nthe best", "95 % interval", "why not"], rows
+
+
+def _on_two_lines(option: Option) -> str:
+    """Its name, caps below: reasons need the width."""
+    name = setting_name(option.tp, option.freq_mhz, None, None)
+    return f"{name}\n{option.name.removeprefix(name).strip()}".rstrip()
 
 
 def _span(apart: Apart | None) -> str:
@@ -181,7 +199,7 @@ def answer_rows(found: Recommendation) -> tuple[list[str], list[list[str]]]:
         rows.append(
             [
                 *heads,
-                best.name,
+                _on_two_lines(best),
                 with_half(best.value, best.half),
                 short(best.figures["ttft_p99_ms"]),
                 short(best.figures["tbt_mean_ms"]),
@@ -246,7 +264,7 @@ def front_rows(found: Recommendation) -> list[tuple[str, list[str], list[list[st
         on = [row for row in part.iter_rows(named=True) if any(row[f"pareto_{name}"] for name in FRONTS)]
         rows = [
             [
-                _setting(row),
+                row_name(row),
                 short(row["energy_per_request_j"]),
                 *(f"{short(row[latency])} {'*' if row[f'pareto_{name}'] else ' '}" for name, latency in FRONTS.items()),
             ]
@@ -256,9 +274,3 @@ def front_rows(found: Recommendation) -> list[tuple[str, list[str], list[list[st
         title = f"Pareto front{of} {rate_name(rate)}: J/request against latency (*: on the front)"
         tables.append((title, ["", "J/request", "TTFT p99 ms", "mean TBT ms"], rows))
     return tables
-
-
-def _setting(row: dict[str, object]) -> str:
-    from analysis.recommend import KNOBS, setting_name
-
-    return setting_name(*(row[name] for name in KNOBS))  # type: ignore[arg-type]

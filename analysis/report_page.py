@@ -43,7 +43,10 @@ class Column:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows under headings; `text`: which columns are no numbers; `total`: a row that stays last when sorted."""
+    """Rows under headings; `text`: which columns are no numbers; `total`: a row that stays last when sorted.
+
+    `folded`: it is long, and opened by who wants it.
+    """
 
     name: str
     headings: Sequence[str]
@@ -51,6 +54,7 @@ class Table:
     rows: Sequence[Sequence[Cell]]
     total: Sequence[Cell] | None = None
     sorts: bool = False
+    folded: bool = False
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """The report on a sweep: which setting serves best, how sure that is, and what it rests on."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import polars as pl
 from markupsafe import Markup
@@ -126,7 +127,7 @@ def _others(found: Recommendation) -> Iterator[Table]:
             for row, loser in zip(rows, answer.losers, strict=True)
         ]
         text = [True, False, False, False, True]
-        yield Table(f"Why not the others, {rate_name(answer.rate_rps)}", names, text, cells, sorts=True)
+        yield Table(f"Why not the others, {rate_name(answer.rate_rps)}", names, text, cells, sorts=True, folded=True)
 
 
 def _percent_of(loser: Loser) -> float | None:
@@ -155,7 +156,8 @@ def _all_settings(table: SweepTable) -> Section:
     groups = frame.filter(pl.col("group") != ALL, pl.col("repeats") > 0)
     tables = [table_of("Every setting", each, frame.filter(pl.col("group") == ALL), sorts=True)]
     if groups.height:
-        tables.append(table_of(f"Every {table.by} at every setting", sized, groups, sorts=True))
+        long = table_of(f"Every {table.by} at every setting", sized, groups, sorts=True)
+        tables.append(replace(long, folded=True))
     says = (
         f"Means over repeats; ± is half a 95 % interval. Joules of every setting are with idle power, those of a "
         f"{table.by} attributed and without. A heading sorts; a word such as TP2 or 1200 filters."

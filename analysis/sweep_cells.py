@@ -106,7 +106,7 @@ def cell_figures(path: Path, by: str, scope: str, slo: Slo | None) -> CellFigure
         groups,
         model=" and ".join(sorted(models)) or None,
         engine=manifest.get("engine"),
-        valid=manifest.get("valid", not because),
+        valid=not because if manifest.get("valid") is None else bool(manifest["valid"]),
         invalid_because=tuple(str(text) for text in because),
         verdicts=tuple(str(v.get("name")) for v in verdicts),
         no_energy=energy.why,

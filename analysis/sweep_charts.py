@@ -20,7 +20,7 @@ SIZE_COLOURS = {
 }  # fmt: skip
 MAP_COLOURS = ["#fdf3e7", "#f2b98a", "#e07a2f", "#8f3d0b"]
 MAP_STOPS = [1.0, 1.25, 1.75, 3.0]  # times a group's least energy; beyond the last all is as dark
-DARK_FROM = 2.2  # where white on the colour is read better than ink
+DARK_FROM = 2.1  # where white on the colour is read better than ink
 MOST_ACROSS = 4  # panels in a row
 MOST_WITH_BARS = 4  # series; bars of more hide each other
 NOTHING = "no figures"

@@ -8,6 +8,7 @@ from typing import Any
 import polars as pl
 
 from analysis.groups import ALL
+from analysis.objectives import bounds_text
 from analysis.recommend import setting_name
 from analysis.sweep import MEANS, MISSING, SATURATED, SOUND, SweepTable
 from tracegen.console import plural
@@ -75,7 +76,7 @@ def rate_tables(table: SweepTable) -> list[tuple[str, list[str], list[list[str]]
         rows = []
         for row in part.iter_rows(named=True):
             cells = [
-                _name(row),
+                row_name(row),
                 f"{short(row['ttft_p50_ms'])} / {short(row['ttft_p99_ms'])}",
                 f"{short(row['tbt_mean_ms'])} / {short(row['tbt_p99_ms'])}",
                 short(row["throughput_rps"]),
@@ -134,7 +135,7 @@ def remarks(table: SweepTable) -> list[str]:
     if table.settings["repeats"].max() != 1:
         lines.append("±: half the 95 % interval over repeats")
     if table.slo is not None:
-        lines.append(f"SLO met: of all requests, {table.slo}")
+        lines.append(f"SLO met: of all requests, {bounds_text(table.slo)}")
     standings = set(table.settings["standing"])
     if SATURATED in standings:
         lines.append("saturated (sat.): more came than could be served, so figures would only tell how long it ran")
@@ -182,7 +183,8 @@ def document(table: SweepTable) -> dict[str, Any]:
     }
 
 
-def _name(row: Mapping[str, Any]) -> str:
+def row_name(row: Mapping[str, Any]) -> str:
+    """The setting of a row of `SweepTable.settings` or `cells`."""
     return setting_name(row["tp"], row["freq_mhz"], row["batch_cap"], row["power_cap_w"])
 
 

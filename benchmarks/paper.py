@@ -55,7 +55,7 @@ def main() -> None:
     """Simulate, attribute, write."""
     root = Path(__file__).parents[1]
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("-o", "--output", type=Path, default=root / "runs" / "paper", help="folder of the sweeps")
+    parser.add_argument("-o", "--output", type=Path, default=Path("runs/paper"), help="folder of the sweeps")
     parser.add_argument("--page", type=Path, default=root / "docs" / "paper.md", help="the page to write")
     parser.add_argument("--tiny", action="store_true", help="the fewest cells: to see that it works")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes")

@@ -55,7 +55,8 @@ class Extent:
     least_s: int = 60  # of arrivals
     least_requests: int = 40  # expected at the low load, as far as `MOST_S` lets
     batches: tuple[int, ...] = (1, 4, 16, 64)
-    batch_clocks_mhz: tuple[int, ...] = (1395, ECONOMY_MHZ, TOP_MHZ)
+    batch_clocks_mhz: tuple[int, ...] = CLOCKS_MHZ
+    alone: tuple[str, ...] = ("SM", "MM", "LM")  # sizes of which one request is served alone
     caps: tuple[int, ...] = tuple(MEASURED_CAPS)
     backlog: int = 64  # requests that wait at once for the batch caps
     node_rates_rps: tuple[tuple[str, tuple[float, ...]], ...] = (("SS", (1, 4, 8)), ("MM", (0.5, 1, 3)))
@@ -77,6 +78,7 @@ TINY = Extent(
     least_requests=8,
     batches=(1, 16),
     batch_clocks_mhz=(ECONOMY_MHZ, TOP_MHZ),
+    alone=("LM",),
     caps=(4, 256),
     backlog=12,
     node_rates_rps=(("MM", (1,)),),
@@ -88,6 +90,9 @@ def sweeps(extent: Extent, folder: Path) -> Iterator[tuple[str, SweepPlan]]:
     for batch in extent.batches:
         grid = Grid(extent.tps, extent.batch_clocks_mhz)
         yield f"batch-{batch}", SweepPlan((grid,), trace=_at_once(folder, "MM", batch), repeats=1, run=_run())
+    for size in extent.alone:
+        grid = Grid(extent.tps, (extent.clocks_mhz[0], TOP_MHZ))
+        yield f"alone-{size}", SweepPlan((grid,), trace=_at_once(folder, size, 1), repeats=1, run=_run())
     caps = Grid(extent.tps[:1], (TOP_MHZ,), batch_cap=extent.caps)
     yield "caps", SweepPlan((caps,), trace=_at_once(folder, "MM", extent.backlog), repeats=1, run=_run())
     for size, rates in extent.node_rates_rps:

@@ -62,21 +62,10 @@ class Course:
 
     def _extend(self, block: Block) -> bool:
         """Add a repeat for each setting and rate of `block` that is not known well enough, once all of it has ended."""
-        share, cells = self.plan.until_ci, self.blocks[block]
-        if share is None or not all(self._state(cell).ended for cell in cells):
+        cells = self.blocks[block]
+        if not all(self._state(cell).ended for cell in cells):
             return False
-        points: dict[Cell, list[CellState]] = {}
-        for cell in cells:
-            points.setdefault(Cell(cell.setting, cell.rate_rps, 0), []).append(self._state(cell))
-        more = [
-            Cell(first.setting, first.rate_rps, len(states))
-            for first, states in points.items()
-            if len(states) < self.plan.max_repeats
-            and all(state.state == "complete" for state in states)
-            and (known := [s.energy_per_request_j for s in states if s.energy_per_request_j is not None])
-            and len(known) == len(states)
-            and not tight(known, share)
-        ]
+        more = [cell for cell in self._wide(block) if cell.repeat < self.plan.max_repeats]
         if not more:
             return False
         ordered = blocks_in_order(more, self.plan.seed + len(cells))[block]
@@ -86,6 +75,31 @@ class Course:
         self.file.cells = {cell: known_states[cell] for cells in self.blocks.values() for cell in cells}
         self.file.write()
         return True
+
+    def wide(self) -> int:
+        """At how many settings and rates J/request is known less well than --until-ci asks."""
+        return sum(len(self._wide(block)) for block in self.blocks)
+
+    def unmeasured(self) -> bool:
+        """Whether --until-ci asks for the energy of cells that ran, and none of them has one."""
+        ran = [state for state in self.file.cells.values() if state.state == "complete"]
+        return bool(self.plan.until_ci and ran) and all(state.energy_per_request_j is None for state in ran)
+
+    def _wide(self, block: Block) -> list[Cell]:
+        """The next repeat of each setting and rate of `block` whose interval is wider than --until-ci asks."""
+        if self.plan.until_ci is None:
+            return []
+        points: dict[Cell, list[CellState]] = {}
+        for cell in self.blocks[block]:
+            points.setdefault(Cell(cell.setting, cell.rate_rps, 0), []).append(self._state(cell))
+        return [
+            Cell(first.setting, first.rate_rps, len(states))
+            for first, states in points.items()
+            if all(state.state == "complete" for state in states)
+            and (known := [s.energy_per_request_j for s in states if s.energy_per_request_j is not None])
+            and len(known) == len(states)
+            and not tight(known, self.plan.until_ci)
+        ]
 
     def _state(self, cell: Cell) -> CellState:
         return self.file.cells[cell]

@@ -25,7 +25,7 @@ import json
 import re
 import tomllib
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, Field, fields, replace
+from dataclasses import MISSING, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -151,14 +151,14 @@ def _run(table: Mapping[str, Any]) -> RunOptions:
     return RunOptions(**_convert(RunOptions, given))
 
 
-def _convert(kind: Callable[..., Any], values: dict[str, Any]) -> dict[str, Any]:
-    """`values` of a file as the dataclass `kind` has them. Raises `ReplayError` for one of another type."""
+def _convert(kind: type[SweepPlan] | type[RunOptions], values: dict[str, Any]) -> dict[str, Any]:
+    """`values` of a file as the fields of `kind` have them. Raises `ReplayError` for one of another type."""
+    types = {of.name: of.type for of in fields(kind)}
     for name, value in values.items():
-        of: Field[Any] = next(field for field in fields(kind) if field.name == name)  # type: ignore[arg-type]
         if name in {"grids", "run", "trace"}:
             continue
         try:
-            values[name] = msgspec.convert(value, of.type, dec_hook=lambda kind, value: kind(value))
+            values[name] = msgspec.convert(value, types[name], dec_hook=lambda kind, value: kind(value))
         except msgspec.ValidationError as error:
             raise ReplayError(f"{name}: {error}") from None
     return values

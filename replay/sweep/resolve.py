@@ -35,6 +35,8 @@ class Resolved:
 def resolve(plan: SweepPlan) -> Resolved:
     """Fill in what `plan` leaves open. Raises a `WattraceError` where no cell could run."""
     check_values(plan.run)
+    if plan.trace is not None:  # wherever the sweep is gone on with from
+        plan = replace(plan, trace=plan.trace.resolve())
     engine, _ = choose_engine(plan.run)
     profile = simulated_profile(plan.run) if engine == "sim" else None
     news: list[str] = []

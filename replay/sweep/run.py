@@ -9,6 +9,7 @@ from typing import Any
 from replay.hold import hold
 from replay.live import Progress
 from replay.plan import RunOptions
+from replay.rundir import read_manifest
 from replay.sweep.course import Course
 from replay.sweep.order import blocks_in_order
 from replay.sweep.plan import Cell, SweepPlan, difference
@@ -49,6 +50,8 @@ def run_sweep(plan: SweepPlan, folder: Path, progress: Progress, asked: Asked | 
         file.write()
         if found.profile is not None:
             progress.say(f"SIMULATED{' in virtual time' if plan.virtual else ''}: {found.profile.name}")
+        else:
+            progress.say(f"engine: {found.engine}{f'; {found.model}' if found.model else ''}")
         course = Course(found.plan, file)
         try:
             _Driver(found, course, SweepView(file, progress)).run(asked.jobs or os.cpu_count() or 1)
@@ -58,6 +61,13 @@ def run_sweep(plan: SweepPlan, folder: Path, progress: Progress, asked: Asked | 
             raise
         ran = any(state.state in {"complete", "saturated"} for state in file.cells.values())
         _end(file, "complete" if ran else "failed")
+        if course.unmeasured():
+            progress.warn("no energy was read, so --until-ci added no repeats: name the server's GPUs with --gpus")
+        elif wide := course.wide():
+            progress.warn(
+                f"at {plural(wide, 'setting')} J/request is not within {plan.until_ci:.3g} of its mean after "
+                f"{plan.max_repeats} repeats; see --max-repeats"
+            )
     if not ran:
         why = next(state.why for state in file.cells.values() if state.why)
         raise ReplayError(f"{folder}: no cell could be run: {why}")
@@ -182,5 +192,10 @@ class _Driver:
     def _finish(self, cell: Cell, outcome: Outcome) -> None:
         """Take down how `cell` ended."""
         file = self._course.file
+        if self._found.engine == "attached" and outcome.state in {"complete", "saturated"}:  # it says what it is
+            manifest = read_manifest(file.folder / CELLS / cell.name)
+            simulated = manifest["engine"] == "simulated"
+            file.head |= {"engine": manifest["engine"], "simulated": simulated}
+            file.head["model"] = manifest["instances"][0]["model"]
         file.put(outcome.on(file.cells[cell]))
         self._view.end(cell, outcome)

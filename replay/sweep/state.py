@@ -92,7 +92,10 @@ def outcome_of(run_dir: Path, wall_s: float | None = None) -> Outcome:
     if state != "complete" and early is None:
         why = manifest.get("failure") or {"failed": "the run failed"}.get(state, "was cut off")
         return Outcome("failed" if state == "failed" else "interrupted", str(why), wall_s)
-    found = summarize(run_dir)
+    try:
+        found = summarize(run_dir)
+    except RunError as error:
+        return Outcome("interrupted", str(error), wall_s)
     energy_j, served, ttft_ms = found["energy_j"], found["requests_ok"], found["ttft_ms"]
     return Outcome(
         "complete" if early is None else "saturated",

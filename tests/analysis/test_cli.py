@@ -16,7 +16,7 @@ from analysis.energy import attribute
 from analysis.query import query
 
 COMMANDS = [
-    *("energy", "methods", "check", "buckets", "latency", "query", "compare", "report"),
+    *("energy", "methods", "check", "buckets", "latency", "query", "compare", "report", "figures"),
     *("sweep", "recommend", "top"),
 ]
 

@@ -4,7 +4,14 @@ import json
 import re
 from pathlib import Path
 
+from analysis.sweep import CELLS, GROUPS
+
 PAGE = (Path(__file__).parents[3] / "docs" / "answers.md").read_text(encoding="utf-8")
+
+
+def test_every_column_is_described():
+    for name in {*CELLS, *GROUPS} - {"cell", "repeat"}:
+        assert f"`{name}`" in PAGE, name
 
 
 def test_the_answers_page_runs_as_written(sweep_dir, cli, monkeypatch, capsys):

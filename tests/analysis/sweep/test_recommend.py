@@ -14,6 +14,7 @@ from analysis.recommend import ALONE, CLEAR, NONE, OPEN, recommend
 from analysis.recommend_json import document, schedule
 from analysis.recommend_text import answer_lines, answer_rows, closing, loser_rows, misses, opening
 from analysis.slo import Slo
+from tracegen.console import print_table
 from tracegen.errors import AnalysisError
 
 WANTED = Wanted()
@@ -278,6 +279,15 @@ def test_watts_and_gpu_hours_know_no_buckets(table_of):
 def test_a_table_of_other_objectives_is_refused(table_of):
     with pytest.raises(AnalysisError, match="other latency objectives"):
         recommend(table_of([{}], slo=Slo({})), WANTED)
+
+
+def test_its_tables_fit_a_terminal(table_of, terminal):
+    long = {"standing": "invalid", "invalid_because": ["dispatch_lag: " + "40 ms of lag and so on " * 5]}
+    rows = [*known(), *cells_of([1e6], tp=8, batch_cap=128, power_cap_w=450.0, **long)]
+    found = asked(table_of([*rows, *({**row, "rate_rps": 12.5} for row in rows)]))
+    for headings, cells in (loser_rows(found, found.answers[0]), answer_rows(found)):
+        lines = terminal(lambda h=headings, c=cells: print_table(h, c, left=[True] * len(h), wrap=True))
+        assert max(map(len, lines)) <= 80, lines
 
 
 def test_what_it_says_is_json(table_of):

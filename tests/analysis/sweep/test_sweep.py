@@ -183,6 +183,16 @@ def test_a_sweep_without_cells_or_figures_is_an_empty_selection(sweep_dir, chang
         load_sweep(sweep_dir)
 
 
+def test_a_label_that_is_called_all_is_not_taken_for_all_requests(sweep_dir, change):
+    change(sweep_dir, lambda d: {**d, "cells": d["cells"][:1]})
+    path = sweep_dir / "cells/tp2-1005MHz-1rps-r0/trace.parquet"
+    trace = pl.read_parquet(path)
+    trace.with_columns(label=pl.col("label").replace("one", "all")).write_parquet(path)
+    table = load_sweep(sweep_dir, by="label")
+    assert table.settings["group"].to_list() == ["all", "all (label)", "two"]
+    assert table.settings["requests"].to_list() == [24.0, 8.0, 16.0]
+
+
 def test_processes_find_what_one_does(sweep_dir, monkeypatch):
     monkeypatch.setattr("analysis.sweep._POOL_CELLS", 0)
     told = []

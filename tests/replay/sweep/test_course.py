@@ -88,6 +88,7 @@ def test_repeats_are_added_where_the_interval_is_wide_and_end_where_it_is_tight(
     )
     course = start(plan, tmp_path)
     go(course, noisy)
+    assert not course.wide()
     joules = {}
     for state in course.file.cells.values():
         joules.setdefault((state.cell.setting, state.cell.rate_rps), []).append(state.energy_per_request_j)
@@ -104,12 +105,15 @@ def test_repeats_end_at_the_most(tmp_path):
     course = start(plan, tmp_path)
     ran = go(course, lambda cell: Outcome("complete", None, 1.0, 100.0 + cell.repeat * 10))
     assert [cell.repeat for cell in ran[2:]] == [2, 3]
+    assert course.wide() == 1
 
 
 @pytest.mark.parametrize("outcome", [Outcome("failed", "no"), Outcome("complete", None, 1.0, None)])
 def test_where_no_energy_is_known_nothing_is_repeated(tmp_path, outcome):
     plan = SweepPlan((Grid(tp=(2,)),), mix="chat", repeats=2, until_ci=0.05)
-    assert len(go(start(plan, tmp_path), lambda _: outcome)) == 2
+    course = start(plan, tmp_path)
+    assert len(go(course, lambda _: outcome)) == 2
+    assert course.unmeasured() is (outcome.state == "complete")
 
 
 def test_a_sweep_file_comes_back(tmp_path):

@@ -140,11 +140,12 @@ def test_several_processes_come_to_the_same(whole, tmp_path, monkeypatch):
     assert without_times(tmp_path / "pool") == without_times(whole)
 
 
-def test_a_trace_is_brought_to_each_rate_and_saturation_ends_a_cell(tmp_path):
+def test_a_trace_is_brought_to_each_rate_and_saturation_ends_a_cell(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     write_trace(*_trace(tmp_path), {"generator": "test"})
     plan = SweepPlan(
         (Grid(tp=(2,), freq_mhz=(1980,), rate_rps=(1.0, 30.0, 40.0)),),
-        trace=tmp_path / "t.parquet", duration_ns=30 * NS_PER_S, repeats=2, run=PLAN.run,
+        trace=Path("t.parquet"), duration_ns=30 * NS_PER_S, repeats=2, run=PLAN.run,
     )  # fmt: skip
     news = []
     progress = QuietProgress()
@@ -166,6 +167,10 @@ def test_a_trace_is_brought_to_each_rate_and_saturation_ends_a_cell(tmp_path):
         verdicts = {verdict["name"]: verdict["ok"] for verdict in run.manifest["verdicts"]}
         assert verdicts["saturated"] is False
         assert verdicts["steps_complete"] is True
+    monkeypatch.chdir("/")  # the stored plan finds the trace from anywhere
+    before = (tmp_path / "s" / "sweep.json").read_text()
+    run_sweep(stored_plan(tmp_path / "s"), tmp_path / "s", progress)
+    assert (tmp_path / "s" / "sweep.json").read_text() == before
     assert any("thinning" in line for line in news)
     assert any("superposing" in line for line in news)
 
@@ -209,3 +214,17 @@ def test_clocks_that_the_gpu_does_not_have_become_the_nearest_once(tmp_path):
     document = run_sweep(replace(PLAN, grids=(grid,), repeats=1), tmp_path / "s", progress)
     assert [cell["freq_mhz"] for cell in document["cells"]] == [1200]
     assert sum("in the list already" in line for line in news) == 2
+
+
+def test_failed_cells_are_run_again_only_when_asked(whole, tmp_path):
+    folder = tmp_path / "again"
+    shutil.copytree(whole, folder)
+    document = json.loads((folder / "sweep.json").read_text())
+    cell = next(cell for cell in document["cells"] if cell["state"] == "complete")
+    cell |= {"state": "failed", "why": "the disk was full", "energy_per_request_j": None, "ttft_p99_ms": None}
+    shutil.rmtree(folder / cell["run"])
+    (folder / "sweep.json").write_text(json.dumps(document))
+    run_sweep(PLAN, folder, QuietProgress())
+    assert not (folder / cell["run"]).exists()
+    run_sweep(PLAN, folder, QuietProgress(), Asked(retry_failed=True))
+    assert without_times(folder) == without_times(whole)

@@ -19,7 +19,7 @@ from replay.sweep.run import run_sweep
 
 PLAN = """
 mix = "chat"
-duration = "5s"
+duration = "3s"
 repeats = 1
 seed = 3
 [[grid]]
@@ -173,3 +173,14 @@ def test_a_launched_server_serves_its_block_or_all_of_it_has_failed(
     assert [manifest.get("warmups") for manifest in manifests] == [8, None]
     assert cells[1]["cool_down"]["back"] in {True, False}
     assert not processes(tmp_path / "s")
+
+
+def test_an_attached_server_that_is_simulated_makes_a_simulated_sweep(sim_server, tmp_path):
+    (tmp_path / "p.toml").write_text(
+        f'mix = "chat"\nduration = "1s"\nrepeats = 1\n[[grid]]\nrate = 8\n[run]\nengine = "{sim_server}"\n'
+    )
+    document = run_sweep(read_plan(tmp_path / "p.toml"), tmp_path / "s", QuietProgress())
+    assert (document["simulated"], document["engine"], document["model"]) == (True, "simulated", "llama")
+    assert [cell["state"] for cell in document["cells"]] == ["complete"]
+    assert document["cells"][0]["energy_per_request_j"] is None
+    assert not (tmp_path / "s" / "servers").exists()
