@@ -15,14 +15,13 @@ import polars as pl
 from scipy.stats import t as student
 
 from analysis.bootstrap import CONFIDENCE, Draws, Floats, compare_means
+from analysis.compare import FEWEST_PAIRS
 from analysis.groups import ALL, UNLABELLED
 from analysis.latency import answered
 from analysis.load import open_run
 from analysis.requests import CORE, request_table
 from analysis.saved import ensure_energy
 from analysis.sweep_cells import OF_THAT_NAME
-
-FEWEST_REQUESTS = 10  # as `analysis.compare.FEWEST_PAIRS`
 
 
 @dataclass(frozen=True)
@@ -67,7 +66,7 @@ def apart(
     values = by_requests(common[0])
     if isinstance(values, str):
         return Apart(percent, None, None, 1, None, values)
-    if values[0].size < FEWEST_REQUESTS:
+    if values[0].size < FEWEST_PAIRS:
         return Apart(percent, None, None, values[0].size, None, f"{values[0].size} requests in common are too few")
     found = compare_means([values[0]], [values[1]], Draws(np.random.default_rng(0)), paired=True)
     if found is None:

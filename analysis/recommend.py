@@ -1,7 +1,8 @@
 """Which setting of a sweep serves best under latency objectives, what it saves, and why the others lose.
 
 One answer a rate, and a group where asked. Eligible is what is sound and keeps to the objectives in the mean over its
-repeats; the best of these has the least mean objective. Whether it is better than the next is told from pairs
+repeats; the best of these has the least mean objective, settings of different repeats being set against each other over
+those that both have: a repeat's own requests may be cheap. Whether it is better than the next is told from pairs
 (`analysis.paired`); where the interval of their difference includes zero there is not enough data for a winner.
 """
 
@@ -173,8 +174,9 @@ def _option(row: Mapping[str, Any], rows: pl.DataFrame, unsound: pl.DataFrame, w
         unfit += f" ({why})" if (why := _why(full)) else ""
         mine = mine.filter(pl.col("standing") == SOUND)
     elif row["standing"] != SOUND:
-        state = bad["state"][0] if row["standing"] == MISSING else row["standing"]
-        unfit = f"{state}: {_why(bad) or 'no figures'}"
+        of = bad.filter(pl.col("standing") == row["standing"])
+        state = of["state"][0] if row["standing"] == MISSING else row["standing"]
+        unfit = f"{state}: {_why(of) or 'no figures'}"
         # What a clock that was asked for comes to is known even where the GPU did not hold it all the time.
         mine = mine if row["standing"] == INVALID and _faults(bad) == {CLOCKS} else mine.clear()
     elif mine.is_empty():
@@ -229,18 +231,45 @@ def _at_least(share: float | None, asked: float) -> bool:
 def _answer(rate_rps: float | None, group: str, options: list[Option], pairs: Pairs) -> Answer:
     """The best of `options`, all at one rate and of one group."""
     ranked = sorted(options, key=_rank)
-    fit = [option for option in ranked if option.eligible]
-    best = fit[0] if fit else None
+    best = _best([option for option in ranked if option.eligible])
+    if best is not None:
+        ranked.sort(key=lambda o: (not o.eligible, _over(best, o) if o.eligible else 0.0))
     losers = tuple(Loser(o, _apart(best, o, group, pairs) if best else None) for o in ranked if o is not best)
     if best is None:
         return Answer(rate_rps, group, NONE, None, None, (), (), losers)
     rivals = [loser for loser in losers if loser.option.eligible]
-    tied = tuple(rival.option.name for rival in rivals if rival.apart is None or not rival.apart.told)
+    tied = tuple(rival.option.name for rival in rivals if not _worse(rival.apart))
     verdict = ALONE if not rivals else OPEN if rivals[0].option.name in tied else CLEAR
     against = tuple(
         Versus(what, option, _apart(option, best, group, pairs)) for what, option in _baselines(best, options)
     )
     return Answer(rate_rps, group, verdict, best, rivals[0] if rivals else None, tied, against, losers)
+
+
+def _best(fit: list[Option]) -> Option | None:
+    """The one that needs least of `fit`, which are in order of their own means."""
+    best = fit[0] if fit else None
+    for option in fit[1:]:
+        if best is not None and _over(best, option) < 1:
+            best = option
+    return best
+
+
+def _over(a: Option, b: Option) -> float:
+    """The ratio of b's mean to a's, over the repeats that both have; where they have none in common, over their own."""
+    common = sorted(a.values.keys() & b.values.keys())
+    if not common:
+        return _ratio(b.value or 0.0, a.value or 0.0)
+    return _ratio(sum(b.values[r] for r in common), sum(a.values[r] for r in common))
+
+
+def _ratio(ours: float, theirs: float) -> float:
+    return ours / theirs if theirs > 0 else float("inf")
+
+
+def _worse(apart: Apart | None) -> bool:
+    """Whether a setting so far from the best is known to need more."""
+    return apart is not None and apart.told and apart.percent > 0
 
 
 def _rank(option: Option) -> tuple[Any, ...]:
@@ -267,6 +296,8 @@ def _baselines(best: Option, options: list[Option]) -> list[tuple[str, Option]]:
         found.append((f"the highest clock of TP{best.tp}", max(locked, key=lambda o: o.freq_mhz or 0.0)))
     found += [("the driver's own clocks at this TP", o) for o in siblings if o.freq_mhz is None]
     timed = [option for option in there if option.figures["e2e_mean_ms"] is not None]
+    # A mean over some of the repeats planned may be of the light ones.
+    timed = [option for option in timed if len(option.values) == option.planned] or timed
     if timed:
         found.append(("the fastest of all", min(timed, key=lambda o: (o.figures["e2e_mean_ms"], _rank(o)))))
     named: dict[str, tuple[str, Option]] = {}  # one may be several of these

@@ -290,7 +290,8 @@ def _remarks(sweep: SweepFile, cells: pl.DataFrame, settings: pl.DataFrame) -> l
         said.append("one repeat of each setting: nothing is known of how repeats vary, so there are no intervals")
     fewer = whole.filter(pl.col("repeats") < pl.col("planned")).height
     if fewer:
-        said.append(f"settings with fewer repeats than planned: {fewer} of {whole.height}")
+        few = f"settings with fewer repeats than planned: {fewer} of {whole.height}"
+        said.append(f"{few}; a mean over other repeats is of other requests")
     if (cells["tbt_source"] == "requests").any():
         said.append("TBT p99 is over requests' means where a run has no times of chunks")
     for why in cells["no_energy"].drop_nulls().unique(maintain_order=True).to_list()[:1]:

@@ -68,7 +68,7 @@ def headline(table: SweepTable) -> str:
 def rate_tables(table: SweepTable) -> list[tuple[str, list[str], list[list[str]]]]:
     """Title, headings and cells of one table a rate: every setting over all requests."""
     whole = table.settings.filter(pl.col("group") == ALL, pl.col("standing") != MISSING)
-    odd = (whole["standing"] != SOUND).any()
+    odd = any(_is(row) for row in whole.iter_rows(named=True))
     headings = ["", "TTFT ms\np50 / p99", "TBT ms\nmean / p99", "done/s", "W", "J/request", "J/out\ntoken"]
     headings += [*(["SLO\nmet"] if table.slo is not None else []), *(["is"] if odd else [])]
     tables = []
@@ -84,11 +84,18 @@ def rate_tables(table: SweepTable) -> list[tuple[str, list[str], list[list[str]]
                 with_half(row["energy_per_request_j"], row["energy_per_request_j_half"]),
                 short(row["energy_per_output_token_j"]),
                 *([percent(row["slo_attainment"])] if table.slo is not None else []),
-                *(["" if row["standing"] == SOUND else row["standing"]] if odd else []),
+                *([_is(row)] if odd else []),
             ]
             rows.append(["-" if cell == "- / -" else cell for cell in cells])
         tables.append((rate_name(rate), headings, rows))
     return tables
+
+
+def _is(row: Mapping[str, Any]) -> str:
+    """What keeps a setting's means from standing beside those of the others."""
+    said = [] if row["standing"] == SOUND else [str(row["standing"])]
+    few = row["standing"] != SATURATED and row["repeats"] < row["planned"]
+    return ", ".join([*said, *([f"{row['repeats']} of {row['planned']} repeats"] if few else [])])
 
 
 def pivots(table: SweepTable, metric: Metric) -> list[tuple[str, list[str], list[list[str]]]]:

@@ -24,12 +24,12 @@ from tracegen.console import say
 
 def simulate(extent: Extent, folder: Path, jobs: int) -> list[str]:
     """Run every sweep of `extent` below `folder`, as far as it is not there; their names."""
-    names = []
-    for name, plan in sweeps(extent, folder):
+    plans = list(sweeps(extent, folder))
+    for done, (name, plan) in enumerate(plans, 1):
         with open_progress(quiet=True) as progress:
             run_sweep(plan, folder / name, progress, Asked(jobs))
-        names.append(name)
-    return names
+        say(f"simulated {done} of {len(plans)} sweeps: {name}, {len(plan.cells())} cells")
+    return [name for name, _ in plans]
 
 
 def load(folder: Path, names: list[str], jobs: int) -> Book:
@@ -40,7 +40,7 @@ def load(folder: Path, names: list[str], jobs: int) -> Book:
         slo = slo_of(size) if size else None
         for scope in reversed(SCOPES):  # energy of a node that is saved serves both
             tables[name, scope] = load_sweep(folder / name, by="label", scope=scope, slo=slo, processes=jobs)
-        say(f"{done} of {len(names)} sweeps: {name}, {tables[name, 'gpu'].cells.height} cells")
+        say(f"attributed {done} of {len(names)} sweeps: {name}")
     return Book(tables)
 
 

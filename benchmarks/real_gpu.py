@@ -27,7 +27,7 @@ from gpu_page import write_page
 
 from replay.gpu.base import open_gpus
 from replay.rundir import Run
-from replay.source import fit_lengths
+from replay.source import clipped
 from tracegen.durations import NS_PER_S
 from tracegen.errors import ReplayError, WattraceError
 from tracegen.schema import write_trace
@@ -217,7 +217,7 @@ def traces(plan: Plan) -> tuple[pl.DataFrame, pl.DataFrame]:
 
 def _clip(plan: Plan, trace: pl.DataFrame) -> pl.DataFrame:
     """`trace` within the model's context."""
-    return fit_lengths(trace, plan.max_model_len, "clip")[0]
+    return clipped(trace, plan.max_model_len)
 
 
 def single_trace(plan: Plan, mix: Run) -> pl.DataFrame:

@@ -15,6 +15,7 @@ from replay.rundir import has_table, read_rows, table_files
 from replay.tables import TABLES
 
 _GROUP_BYTES = 4 << 20  # of rows, as they are in memory, in each row group that is written
+_LEAST = -(2**63)  # stands for null, which is sorted before all numbers
 Key = tuple[int, ...]  # values of the first columns that a table is sorted by
 
 
@@ -53,8 +54,8 @@ def compact(run_dir: Path, table: str, sort_by: Sequence[str] = (), merge: Merge
     with _Writer(whole, schema, sort_by) as writer:
         held, new_bytes = [schema.to_frame()], 0
         for group, later in zip_longest(groups, groups[1:]):
-            held += read_rows(group.path, table, group.number)
-            new_bytes += int(held[-1].estimated_size())
+            new = list(read_rows(group.path, table, group.number))
+            held, new_bytes = held + new, new_bytes + sum(int(rows.estimated_size()) for rows in new)
             if later is not None and keys and new_bytes > _GROUP_BYTES // 4:
                 rows, before = _concat(held), later.low
                 if merge is not None:
@@ -94,16 +95,16 @@ def _lows(file: pq.FileMetaData, keys: Sequence[str]) -> Iterator[Key]:
             if chunk.path_in_schema in keys and told is not None and told.has_min_max and not told.null_count:
                 least[chunk.path_in_schema] = told.min
         # Without nulls only: they are sorted before all numbers.
-        yield tuple(least.get(name, -(2**63)) for name in keys)
+        yield tuple(least.get(name, _LEAST) for name in keys)
 
 
 def _comes_before(keys: Sequence[str], key: Key) -> pl.Expr:
     """Whether a row comes before all those with `key`, and so does none of its own."""
     before, same = pl.lit(value=False), pl.lit(value=True)
     for name, value in zip(keys, key, strict=False):
-        column = pl.col(name).cast(pl.Int64)
-        before |= same & (column.is_null() | (column < value))
-        same &= column.eq_missing(value)
+        column = pl.col(name).cast(pl.Int64).fill_null(_LEAST)
+        before |= same & (column < value)
+        same &= column == value
     return before
 
 

@@ -7,9 +7,8 @@ import numpy.typing as npt
 import polars as pl
 
 from replay import verdicts
+from replay.counters import Window
 from replay.verdicts import CLOCK_TOLERANCE_MHZ, SENSOR_BOUND, SENSOR_GAP_NS, IntArray, Verdict
-
-Window = tuple[int, int]  # ns, from and to
 
 
 class Coverage:

@@ -130,9 +130,7 @@ class TakenUp:
     recorded: int  # requests that are on record and stay so
     unanswered: int  # of those that remain, how many were on record: aborted, or the server was not there
     first_steps: dict[int, int]  # of each instance, the number of its next step
-    counters: dict[
-        int, tuple[int, int]
-    ]  # of each GPU, when its energy counter was read last, ns, and what it showed, mJ
+    counters: dict[int, tuple[int, int]]  # of each GPU: when its energy counter was read last, ns; what it showed, mJ
 
     def goes_on(self, fresh: Mapping[str, Any]) -> dict[str, Any]:
         """The manifest to go on with; of `fresh`, a new run's, what is found out anew."""

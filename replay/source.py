@@ -5,22 +5,21 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import polars as pl
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from replay.cut import Load, Peak, ramped
-from tracegen.errors import ReplayError, TraceError
-from tracegen.schema import SCHEMA_VERSION, check_blocks, check_trace, read_metadata, read_trace
+from tracegen.errors import ReplayError
+from tracegen.prefixes import mixed
+from tracegen.schema import read_metadata, read_trace, read_trace_parts
 from tracegen.writer import TraceWriter
 
-BATCH_ROWS = 1 << 16
-_IDS_AT_ONCE = 1 << 20
-_SPREAD = np.uint64(0x9E3779B97F4A7C15)  # 2^64 over the golden ratio: neighbours go to different shares
+BATCH_ROWS = 1 << 16  # some 3 MiB of a trace without hashes
+_IDS_AT_ONCE = 1 << 20  # 8 MiB
 
 
 class Survey(NamedTuple):
@@ -125,7 +124,7 @@ class TraceSource:
         if not asked:
             raise ReplayError(f"{self.path}: no request arrives within --duration; give a longer one")
         if first_too_long is not None and (self.overlong == "refuse" or not sums.requests):
-            raise too_long_error(first_too_long, changed, asked, self.max_model_len or 0, self.overlong)
+            raise _too_long_error(first_too_long, changed, asked, self.max_model_len or 0, self.overlong)
         if not sums.rising:
             self._check_ids(asked)
         return sums.survey(changed)
@@ -135,7 +134,7 @@ class TraceSource:
         shares = 1 + rows // _IDS_AT_ONCE
         for share in range(shares):
             every = (batch["request_id"].to_numpy() for batch in self._sliced())
-            mine = np.concatenate([ids[(ids * _SPREAD >> np.uint64(33)) % shares == share] for ids in every])
+            mine = np.concatenate([ids[mixed(ids) % shares == share] for ids in every])
             if np.unique(mine).size < mine.size:
                 read_trace(self.path)  # names the row
 
@@ -165,8 +164,8 @@ class TraceSource:
         """What is sent of `batch`, and when."""
         if self.without is not None:
             batch = batch.filter(~np.isin(batch["request_id"].to_numpy(), self.without))
-        if self.overlong == "clip":
-            batch = fit_lengths(batch, self.max_model_len, "clip")[0]
+        if self.max_model_len is not None and self.overlong == "clip":
+            batch = clipped(batch, self.max_model_len)
         else:
             batch = batch.filter(~self._too_long())
         arrival_ns = batch["arrival_ns"].to_numpy()
@@ -179,7 +178,7 @@ class TraceSource:
     def _sliced(self) -> Iterator[pl.DataFrame]:
         """Batches up to `duration_ns` and `num_prompts`."""
         left = self.num_prompts
-        for batch in self._checked():
+        for batch in read_trace_parts(self.path, self.batch_rows):
             cut = batch if left is None else batch.head(left)
             if self.duration_ns is not None:
                 cut = cut.filter(pl.col("arrival_ns") < self.duration_ns)
@@ -189,60 +188,20 @@ class TraceSource:
             if cut.height < batch.height or left == 0:
                 return
 
-    def _checked(self) -> Iterator[pl.DataFrame]:
-        """Batches of the file, each checked, and in order."""
-        last_ns = 0
-        try:
-            metadata = read_metadata(self.path)
-            with pq.ParquetFile(self.path, page_checksum_verification=True) as file:
-                self._check_head(metadata, file)
-                for rows in file.iter_batches(self.batch_rows):
-                    table = pa.Table.from_batches([rows])
-                    frame = pl.DataFrame(dict(zip(table.column_names, table.columns, strict=True)))
-                    batch = check_trace(frame, str(self.path))
-                    self._check(batch["arrival_ns"][0] >= last_ns, "is not in order of arrival_ns")
-                    last_ns = batch["arrival_ns"][-1]
-                    yield batch
-        except (TraceError, pa.ArrowException, pl.exceptions.PolarsError, OSError, ValueError):
-            read_trace(self.path)  # says what is wrong and names the row
-            raise
-
-    def _check_head(self, metadata: Mapping[str, Any], file: pq.ParquetFile) -> None:
-        """Raise `TraceError` for a file of which no batch can be read."""
-        version = str(metadata.get("schema_version", SCHEMA_VERSION))
-        self._check(version.partition(".")[0] == SCHEMA_VERSION.partition(".")[0], f"has schema_version {version}")
-        self._check(file.metadata.num_rows > 0, "has no rows")
-        check_blocks(file.schema_arrow.names, metadata, self.path)
-
-    def _check(self, sound: bool, what: str) -> None:
-        if not sound:
-            raise TraceError(f"{self.path}: {what}")
-
 
 def prioritized(trace: pl.DataFrame) -> bool:
     """Whether `trace` has a priority that is not 0, the server's own default."""
     return "priority" in trace.columns and bool((trace["priority"] != 0).any())
 
 
-def fit_lengths(trace: pl.DataFrame, max_model_len: int | None, overlong: str) -> tuple[pl.DataFrame, int]:
-    """`trace` with every request inside the model's context, and how many were dropped or clipped.
-
-    Raises `ReplayError` with `refuse` when a request is too long. `clip` shortens the input, then the output.
-    """
-    total = pl.col("input_tokens").cast(pl.Int64) + pl.col("output_tokens")
-    if max_model_len is None or not (too_long := trace.filter(total > max_model_len)).height:
-        return trace, 0
-    count = too_long.height
-    if overlong == "drop" and count < trace.height:
-        return trace.filter(total <= max_model_len), count
-    if overlong == "clip":
-        output = pl.min_horizontal(pl.col("output_tokens"), pl.lit(max_model_len - 1, pl.UInt32))
-        input_ = pl.min_horizontal(pl.col("input_tokens"), (max_model_len - output).cast(pl.UInt32))
-        return trace.with_columns(input_.alias("input_tokens"), output.alias("output_tokens")), count
-    raise too_long_error(too_long.row(0, named=True), count, trace.height, max_model_len, overlong)
+def clipped(trace: pl.DataFrame, max_model_len: int) -> pl.DataFrame:
+    """`trace` with every request inside the model's context: where one is not, its input is cut, then its output."""
+    output = pl.min_horizontal(pl.col("output_tokens"), pl.lit(max_model_len - 1, pl.UInt32))
+    input_ = pl.min_horizontal(pl.col("input_tokens"), (max_model_len - output).cast(pl.UInt32))
+    return trace.with_columns(input_.alias("input_tokens"), output.alias("output_tokens"))
 
 
-def too_long_error(
+def _too_long_error(
     first: Mapping[str, int], count: int, requests: int, max_model_len: int, overlong: str
 ) -> ReplayError:
     """What to say where `count` of `requests` are beyond `max_model_len` tokens, the trace's row `first` before all."""

@@ -14,16 +14,16 @@ import polars as pl
 
 from replay import verdicts
 from replay.clock import NS_PER_MS
+from replay.counters import Window
 from replay.rundir import RowGroup, read_group, row_groups
+from replay.summary import ANSWERED
 from replay.verdicts import FloatArray, IntArray, Verdict
 
-Window = tuple[int, int]  # ns, from and to
 Batches = Callable[[Sequence[str]], Iterable[pl.DataFrame]]  # the rows of a table, of the columns asked for
 
 _DIGIT_BITS = 16  # of a number, in a pass: 65,536 counts
 _MOST_TEXTS = 1000  # different words of a server that are counted at once
 _JOINED_ROWS = 1 << 17  # requests that are looked up in other tables at once: some 10 MiB
-_ANSWERED = ("ok", "length_mismatch")
 _FAILED = ("http_error", "connect_error", "stream_error")
 
 
@@ -101,9 +101,8 @@ class Quantiles:
         """`shares`: which quantiles."""
         self._shares, self.count, self.least, self.greatest = shares, 0, 0, 0
         self._shift: int | None = None  # of the digit that is looked for; None: in the first pass
-        self._found: dict[
-            int, tuple[int, int]
-        ] = {}  # by rank: its upper digits, and its rank among those that have them
+        # By rank: its upper digits, and its rank among those that have them.
+        self._found: dict[int, tuple[int, int]] = {}
         self._counts: dict[int, IntArray] = {}  # by upper digits, of their next one
 
     def add(self, numbers: IntArray) -> None:
@@ -216,7 +215,7 @@ class Backlog:
         # A request that failed before its first token waits no longer, nor does one that was answered without a token.
         none = pl.col("first_token_ns").is_null()
         rows = rows.filter(~(none & pl.col("status").is_in(_FAILED)))
-        answered = none & pl.col("status").is_in(_ANSWERED)
+        answered = none & pl.col("status").is_in(ANSWERED)
         sent_ns = rows["sent_ns"].drop_nulls().to_numpy()
         if self._waiting is None:
             self._rows += rows.height
@@ -288,7 +287,7 @@ class Tokens:
 
     def add(self, rows: pl.DataFrame) -> None:
         """Rows of requests.parquet."""
-        rows = rows.select(self.columns).filter(pl.col("status").is_in(_ANSWERED))
+        rows = rows.select(self.columns).filter(pl.col("status").is_in(ANSWERED))
         self._held.append(rows.with_columns(ok=pl.col("status") == "ok").drop("status"))
         if sum(frame.height for frame in self._held) >= _JOINED_ROWS:
             self._join()

@@ -82,7 +82,7 @@ SIM = ("--engine", "sim")
         (("trace.parquet", *SIM), "1 of 2 requests are longer than the model's 16384 tokens (request_id 101"),
         (("trace.parquet", "--engine", "tgi"), "--engine tgi: use auto, sim, vllm, or a server's URL"),
         (("trace.parquet", "--engine", "http://127.0.0.1:9"), "http://127.0.0.1:9 cannot be reached"),
-        (("trace.parquet", "--engine", "http://"), "cannot be reached"),
+        (("trace.parquet", "--engine", "http://"), "--engine http://: names no host"),
         (("trace.parquet", "--engine", "http://127.0.0.1:9", "--freq", "1200"), "--freq with a URL needs --gpus"),
         (("trace.parquet", *SIM, "--tp", "0"), "--tp 0: must be above 0"),
         (("trace.parquet", *SIM, "--tp", "two"), "Invalid value for '--tp'"),

@@ -12,7 +12,7 @@ from replay import plan as plan_module
 from replay.engines.vllm import DEFAULT_MODEL
 from replay.plan import RunOptions, make_plan
 from replay.router import LEAST_LOADED, Router
-from replay.source import fit_lengths
+from replay.source import TraceSource, clipped
 from tracegen.errors import GpuError, ReplayError, TraceError, WattraceError
 
 URL = "http://127.0.0.1:9"
@@ -255,37 +255,42 @@ PAIRS = st.lists(st.tuples(st.integers(1, 300), st.integers(1, 300)), min_size=1
 
 @given(PAIRS, st.integers(2, 400))
 def test_after_clip_every_request_fits_and_is_one(pairs, limit):
-    clipped, changed = fit_lengths(lengths(pairs), limit, "clip")
-    too_long = [i + o > limit for i, o in pairs]
-    assert changed == sum(too_long)
-    for (i, o), row, long in zip(pairs, clipped.iter_rows(named=True), too_long, strict=True):
+    fitting = clipped(lengths(pairs), limit)
+    for (i, o), row in zip(pairs, fitting.iter_rows(named=True), strict=True):
         inputs, outputs = row["input_tokens"], row["output_tokens"]
         assert 1 <= inputs <= i
         assert 1 <= outputs <= o
-        assert inputs + outputs == (limit if long else i + o), "clipped no further than it must be"
-    assert clipped.schema == lengths(pairs).schema
+        assert inputs + outputs == min(limit, i + o), "clipped no further than it must be"
+    assert fitting.schema == lengths(pairs).schema
 
 
-@given(PAIRS, st.integers(2, 400))
-def test_drop_leaves_exactly_those_that_fit(pairs, limit):
-    fitting = [index for index, (i, o) in enumerate(pairs) if i + o <= limit]
-    if not fitting:
-        with pytest.raises(ReplayError, match=f"every request is longer than the model's {limit} tokens"):
-            fit_lengths(lengths(pairs), limit, "drop")
-        return
-    kept, dropped = fit_lengths(lengths(pairs), limit, "drop")
-    assert kept["request_id"].to_list() == fitting
-    assert dropped == len(pairs) - len(fitting)
+@pytest.fixture
+def three(make_trace, tmp_path):
+    return make_trace(tmp_path / "three.parquet", [(0, 90, 10), (1, 90, 20), (2, 200, 1)])
 
 
-def test_refuse_names_the_first_that_is_too_long():
+@pytest.mark.parametrize(("limit", "left"), [(100, [100]), (110, [100, 101]), (201, [100, 101, 102])])
+def test_drop_leaves_exactly_those_that_fit(three, limit, left):
+    source = TraceSource(three, max_model_len=limit, overlong="drop")
+    assert pl.concat(source.batches())["request_id"].to_list() == left
+    assert (source.survey().requests, source.survey().changed) == (len(left), 3 - len(left))
+
+
+@pytest.mark.parametrize(
+    ("limit", "overlong", "message"),
+    [
+        (99, "drop", "every request is longer than the model's 99 tokens; nothing is left to send"),
+        (
+            100,
+            "refuse",
+            "2 of 3 requests are longer than the model's 100 tokens (request_id 101: 90 + 20); use --overl",
+        ),
+    ],
+)
+def test_requests_that_are_too_long_are_one_clear_line(three, limit, overlong, message):
     with pytest.raises(ReplayError) as caught:
-        fit_lengths(lengths([(5, 5), (90, 20), (200, 1)]), 100, "refuse")
-    assert str(caught.value) == (
-        "2 of 3 requests are longer than the model's 100 tokens (request_id 1: 90 + 20); use --overlong drop or clip"
-    )
-    assert fit_lengths(lengths([(90, 10)]), 100, "refuse")[1] == 0
-    assert fit_lengths(lengths([(90, 10_000)]), None, "refuse")[1] == 0
+        TraceSource(three, max_model_len=limit, overlong=overlong).survey()
+    assert str(caught.value).startswith(message)
 
 
 def test_time_may_be_stretched_and_the_rate_may_rise(make_trace, tmp_path):

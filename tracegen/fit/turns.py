@@ -19,7 +19,7 @@ from tracegen.sessions import ASSUMED_NS_A_TOKEN
 Floats = NDArray[np.float64]
 
 SHORT = 0.25  # of the think times: only that they are no longer, for answers' lengths in time are assumed
-LEAST_S = 1e-3
+LEAST_S = 1e-3  # no think time is taken to be shorter: their logarithms are fitted
 # What `tracegen.sessions.Structure` takes.
 LONGEST_S = 1e7
 TURNS_LIMIT = 1000.0
@@ -62,7 +62,7 @@ def fit_turns(think_s: Floats, left_s: Floats, children: float = 1.0) -> Turns:
     left = np.log(left_s[left_s > LEAST_S])
     short = float(np.quantile(logs, SHORT))
     seen = logs[logs >= short]
-    none_left = think_s.size + left_s.size  # requests
+    requests = think_s.size + left_s.size
     most = min(1 - 1 / TURNS_LIMIT, (1 - 1 / TURNS_LIMIT) / children)
 
     def cost(free: Floats) -> float:
@@ -71,11 +71,11 @@ def fit_turns(think_s: Floats, left_s: Floats, children: float = 1.0) -> Turns:
         at = -0.5 * float(z @ z) - seen.size * math.log(sigma)
         below = (logs.size - seen.size) * float(log_ndtr((short - mu) / sigma))
         gone = float(np.log1p(-share * ndtr((left - mu) / sigma)).sum())
-        return -(at + below + logs.size * math.log(share) + gone) / none_left
+        return -(at + below + logs.size * math.log(share) + gone) / requests
 
     widths = (math.log(SIGMA_RANGE[0]), math.log(SIGMA_RANGE[1]))
     bounds = [(1e-6, most), (math.log(LEAST_S), math.log(LONGEST_S)), widths]
-    start = [think_s.size / none_left, float(np.median(logs)), math.log(max(float(logs.std()), 0.05))]
+    start = [think_s.size / requests, float(np.median(logs)), math.log(max(float(logs.std()), 0.05))]
     start = [min(max(x, low), high) for x, (low, high) in zip(start, bounds, strict=True)]
     share, mu, log_sigma = minimize(cost, np.array(start), method="L-BFGS-B", bounds=bounds).x.tolist()
     return Turns(min(1 / (1 - share * children), TURNS_LIMIT), math.exp(mu), math.exp(log_sigma))

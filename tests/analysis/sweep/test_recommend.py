@@ -139,6 +139,19 @@ def test_a_clock_that_was_not_held_may_be_compared_with_but_not_chosen(table_of)
     assert any("(invalid: clocks_held: 1830 MHz at most)" in line for line in answer_lines(found, answer))
 
 
+def test_a_setting_is_called_invalid_for_what_is_invalid_and_not_for_what_is_missing(table_of):
+    gone = {"repeat": 0, "freq_mhz": 1980.0, "standing": "missing", "state": "complete", "why": "its file is torn"}
+    slow = {
+        "repeat": 1,
+        "freq_mhz": 1980.0,
+        "standing": "invalid",
+        "invalid_because": ["sent late"],
+        "verdicts": ["lag"],
+    }
+    (answer,) = asked(table_of([*cells_of([100.0, 110.0]), gone, slow])).answers
+    assert answer.losers[0].option.unfit == "invalid: sent late"
+
+
 def test_where_none_keeps_to_the_objectives_the_nearest_is_named(table_of):
     near, far = ({"slo_attainment": s, "slo_attainment_tbt": s} for s in (0.97, 0.5))
     found = asked(table_of([*cells_of([100.0], **far), *cells_of([150.0], freq_mhz=1400.0, **near)]))
@@ -227,6 +240,41 @@ def test_fewer_repeats_than_planned_are_said(table_of):
     found = asked(table_of([*rows, *cells_of([200.0, 210.0, 190.0], freq_mhz=1400.0)]))
     assert any("TP2 1200 MHz has 2 of 3 repeats" in line for line in answer_lines(found, found.answers[0]))
     assert found.answers[0].runner_up.apart.pairs == 2
+
+
+def test_a_setting_that_only_has_the_cheap_repeat_does_not_win_by_it(table_of):
+    light = [{"energy_per_request_j": 120.0, "freq_mhz": 1400.0, "repeat": 0, "e2e_mean_ms": 10.0}]
+    rows = [*cells_of([100.0, 201.0, 300.0]), *light, *cells_of([130.0, 262.0, 391.0], freq_mhz=1600.0)]
+    (answer,) = asked(table_of(rows)).answers
+    assert answer.best.name == "TP2 1200 MHz"  # 200 J in the mean; the light one has 120 J, all of a cheap repeat
+    assert [loser.option.name for loser in answer.losers] == ["TP2 1400 MHz", "TP2 1600 MHz"]
+    assert answer.runner_up.apart.percent == pytest.approx(20.0)
+    assert "TP2 1400 MHz" not in {versus.option.name for versus in answer.against}
+
+
+def test_where_pairs_go_round_in_a_circle_no_winner_is_claimed(table_of):
+    rows = []
+    for clock, first, a, second, b in (
+        (1000.0, 0, 10.0, 1, 40.0),
+        (1100.0, 1, 30.0, 2, 90.0),
+        (1200.0, 2, 80.0, 0, 12.0),
+    ):
+        for repeat, joules in ((first, a), (second, b)):
+            rows.append({"freq_mhz": clock, "repeat": repeat, "energy_per_request_j": joules})
+
+    def pairs(a, b, _group):
+        order = np.linspace(1.0, 2.0, 50)
+        return order * _joules(rows, a), order * _joules(rows, b)
+
+    (answer,) = recommend(table_of(rows), WANTED, pairs=pairs).answers
+    beaten = {loser.option.name for loser in answer.losers if loser.apart.percent < 0}
+    assert beaten <= set(answer.tied)
+    assert answer.verdict == OPEN
+
+
+def _joules(rows, run):
+    named = {f"cells/tp2-{row['freq_mhz']}-1.0-r{row['repeat']}": row["energy_per_request_j"] for row in rows}
+    return named[run]
 
 
 def test_several_rates_have_an_answer_each_in_order(table_of):

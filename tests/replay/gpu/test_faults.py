@@ -7,7 +7,7 @@ import sys
 import polars as pl
 import pytest
 
-from replay import verdicts
+from replay.meters import Gauge
 from replay.rundir import Run
 from replay.show import lines
 from replay.summary import summarize
@@ -103,29 +103,35 @@ def power(gpu=0, **columns):
     return pl.DataFrame({**data, **missing, **columns}, schema=POWER)
 
 
+def judged(readings, gpus, end_ns=10 * S):
+    gauge = Gauge(gpus, [(0, end_ns)], None)
+    gauge.add(readings)
+    return gauge
+
+
 def test_a_polled_gpu_that_tells_nothing_is_not_read():
     cut = {
         "power_instant_mw": [100_000] * 201 + [None] * 200,
         "energy_mj": [*range(0, 201 * 2500, 2500)] + [None] * 200,
     }
     both = pl.concat([power(), power(1, **cut)])
-    verdict = verdicts.sensor_alive(both, [0, 1], 0, 10 * S)
+    verdict = judged(both, [0, 1]).coverage()
     assert (verdict.ok, verdict.value) == (False, pytest.approx(0.5))
     assert verdict.why.endswith("; GPU 1 was not read from 5.0 s to 10.0 s of the run")
-    assert verdicts.sensor_alive(both, [0], 0, 10 * S).ok is True
+    assert judged(both, [0]).coverage().ok is True
 
 
 @pytest.mark.parametrize("column", ["power_instant_mw", "power_average_mw", "energy_mj"])
 def test_one_source_of_power_is_enough_to_be_read(column):
     none = dict.fromkeys(["power_instant_mw", "power_average_mw", "energy_mj"], [None] * 401)
     frame = power(**{**none, column: [1000] * 401})
-    assert verdicts.sensor_alive(frame, [0], 0, 10 * S).ok is True
+    assert judged(frame, [0]).coverage().ok is True
 
 
 def test_a_counter_that_falls_back_agrees_with_nothing():
     wrapped = [i * 2500 % 300_000 for i in range(401)]
     both = pl.concat([power(), power(1, energy_mj=wrapped)])
-    verdict = verdicts.counter_agrees(both, [0, 1], 0, 10 * S)
+    verdict = judged(both, [0, 1]).counter()
     assert (verdict.ok, verdict.value) == (False, None)
     assert verdict.why.startswith("the energy counter of GPU 1 fell back")
-    assert verdicts.counter_agrees(both, [0, 1], 0, 2 * S).ok is True, "it had not yet, up to there"
+    assert judged(both, [0, 1], 2 * S).counter().ok is True, "it had not yet, up to there"
