@@ -27,8 +27,12 @@ def front(values: NDArray[np.float64]) -> NDArray[np.bool_]:
 def with_fronts(settings: pl.DataFrame) -> pl.DataFrame:
     """`SweepTable.settings` with `pareto_ttft` and `pareto_tbt`: on the front of J/request and that latency.
 
-    Fronts are of the sound settings at one rate, of one group; null for others.
+    Fronts are of the sound settings at one rate, of one group, that have most of the repeats they were planned with: a
+    mean over some of them may be of the cheap ones. Null for others.
     """
+    have = pl.col("repeats") / pl.col("planned")
+    sound = settings.filter(pl.col("standing") == SOUND)
+    whole = sound.filter(have == have.max().over("rate_rps", "group"))
     parts = [
         part.with_columns(
             pl.Series(
@@ -37,7 +41,7 @@ def with_fronts(settings: pl.DataFrame) -> pl.DataFrame:
             )
             for name, latency in FRONTS.items()
         )
-        for part in settings.filter(pl.col("standing") == SOUND).partition_by("rate_rps", "group", maintain_order=True)
+        for part in whole.partition_by("rate_rps", "group", maintain_order=True)
     ]
     if not parts:
         return settings.with_columns(pl.lit(None, pl.Boolean).alias(f"pareto_{name}") for name in FRONTS)

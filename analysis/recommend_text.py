@@ -46,7 +46,9 @@ def answer_lines(found: Recommendation, answer: Answer, price: float | None = No
         *(f"  {_versus(found, versus)}" for versus in answer.against),
     ]
     if not answer.against and answer.losers:
-        lines.append("  it is the highest clock of its TP and the fastest of all: there is nothing to set it against")
+        lines.append(
+            "  nothing to be believed has a higher clock at its TP or is faster: there is nothing to set it against"
+        )
     if best.repeats < best.planned:
         lines.append(f"  {best.name} has {best.repeats} of {best.planned} repeats")
     return lines

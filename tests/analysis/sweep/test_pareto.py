@@ -39,6 +39,16 @@ def test_fronts_are_of_sound_settings_at_one_rate(table_of):
     assert found[8, 1.0]["pareto_tbt"] is False
 
 
+def test_a_setting_of_which_only_the_cheap_repeat_is_there_takes_nobody_off_the_front(table_of):
+    whole = [{"tp": 2, "repeat": r, "energy_per_request_j": j} for r, j in enumerate((100.0, 300.0))]
+    light = {"tp": 4, "repeat": 0, "energy_per_request_j": 110.0}
+    gone = {"tp": 4, "repeat": 1, "standing": "missing", "state": "planned", "energy_per_request_j": None}
+    found = with_fronts(table_of([*whole, light, gone]).settings)
+    assert dict(found.select("tp", "pareto_ttft").iter_rows()) == {2: True, 4: None}
+    alone = with_fronts(table_of([light, gone]).settings)
+    assert alone["pareto_ttft"].to_list() == [True]
+
+
 def test_a_sweep_without_a_sound_setting_has_no_front(table_of):
     found = with_fronts(table_of([{"standing": "invalid"}]).settings)
     assert found["pareto_ttft"].to_list() == [None]

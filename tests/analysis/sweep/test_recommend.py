@@ -148,8 +148,11 @@ def test_a_setting_is_called_invalid_for_what_is_invalid_and_not_for_what_is_mis
         "invalid_because": ["sent late"],
         "verdicts": ["lag"],
     }
-    (answer,) = asked(table_of([*cells_of([100.0, 110.0]), gone, slow])).answers
+    found = asked(table_of([*cells_of([100.0, 110.0]), gone, slow]))
+    (answer,) = found.answers
     assert answer.losers[0].option.unfit == "invalid: sent late"
+    # Nor is 1200 MHz called the highest clock where one above it cannot be believed.
+    assert "nothing to be believed has a higher clock at its TP or is faster" in answer_lines(found, answer)[-1]
 
 
 def test_where_none_keeps_to_the_objectives_the_nearest_is_named(table_of):
@@ -244,6 +247,8 @@ def test_fewer_repeats_than_planned_are_said(table_of):
 
 def test_a_setting_that_only_has_the_cheap_repeat_does_not_win_by_it(table_of):
     light = [{"energy_per_request_j": 120.0, "freq_mhz": 1400.0, "repeat": 0, "e2e_mean_ms": 10.0}]
+    gone = {"freq_mhz": 1400.0, "standing": "missing", "state": "planned"}
+    light += [gone | {"repeat": 1}, gone | {"repeat": 2}]
     rows = [*cells_of([100.0, 201.0, 300.0]), *light, *cells_of([130.0, 262.0, 391.0], freq_mhz=1600.0)]
     (answer,) = asked(table_of(rows)).answers
     assert answer.best.name == "TP2 1200 MHz"  # 200 J in the mean; the light one has 120 J, all of a cheap repeat
