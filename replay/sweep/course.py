@@ -70,9 +70,7 @@ class Course:
             return False
         ordered = blocks_in_order(more, self.plan.seed + len(cells))[block]
         self.blocks[block] = [*cells, *ordered]
-        new = {cell: CellState(cell, self.plan.seed + cell.repeat) for cell in ordered}
-        known_states = self.file.cells | new
-        self.file.cells = {cell: known_states[cell] for cells in self.blocks.values() for cell in cells}
+        self.file.add(CellState(cell, self.plan.seed + cell.repeat) for cell in ordered)
         self.file.write()
         return True
 

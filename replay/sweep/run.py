@@ -102,23 +102,38 @@ def _check_folder(folder: Path) -> None:
 
 def _open(found: Resolved, folder: Path, made_of: dict[str, Any], progress: Progress) -> SweepFile:
     """The sweep in `folder`, begun now or before. Raises `ReplayError` where it is another one."""
-    text = plan_text(found.plan)
     if not (folder / PLAN).is_file():
         for name in (SWEEP, CELLS):
             assert not (folder / name).exists(), "checked before"
-        partial = folder / f".{PLAN}.partial"
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(folder / PLAN)
-    elif (other := difference(presentable(found.plan), stored_plan(folder))) is not None:
-        raise ReplayError(f"{folder}: has a sweep of another plan: {other}; give the same, or another -o")
+        _write_plan(folder, found.plan)
+    else:
+        asked, was = presentable(found.plan), stored_plan(folder)
+        if (other := difference(asked, _as_often(was, asked))) is not None:
+            raise ReplayError(f"{folder}: has a sweep of another plan: {other}; give the same, or another -o")
+        if difference(asked, was) is not None:
+            _write_plan(folder, found.plan)
     if not (folder / SWEEP).is_file():
         return SweepFile(folder, _head(found, made_of), planned(found))
     file = SweepFile.read(folder)
     if file.head["trace"] != made_of:
         raise ReplayError(f"{folder}: was begun with another trace of that name (its sha256 differs); give another -o")
+    file.add(state for state in planned(found) if state.cell not in file.cells)  # of repeats asked for since
     done = sum(state.ended for state in file.cells.values())
     progress.say(f"{folder}: {done} of {plural(len(file.cells), 'cell')} done before")
     return file
+
+
+def _write_plan(folder: Path, plan: SweepPlan) -> None:
+    partial = folder / f".{PLAN}.partial"
+    partial.write_text(plan_text(plan), encoding="utf-8")
+    partial.replace(folder / PLAN)
+
+
+def _as_often(was: SweepPlan, asked: SweepPlan) -> SweepPlan:
+    """`was` with as many repeats as `asked`, where that is no fewer: a sweep that does not tell enough may go on."""
+    if asked.repeats < was.repeats:
+        return was
+    return replace(was, repeats=asked.repeats, until_ci=asked.until_ci, max_repeats=asked.max_repeats)
 
 
 def _head(found: Resolved, made_of: dict[str, Any]) -> dict[str, Any]:

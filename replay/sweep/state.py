@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from replay.rundir import read_manifest
-from replay.sweep.plan import Cell, Setting
+from replay.sweep.plan import Block, Cell, Setting
 from tracegen.errors import ReplayError, RunError
 
 SCHEMA_VERSION = 1
@@ -123,10 +123,19 @@ class SweepFile:
             entries = document.pop("cells")
             cells = [_cell(entry) for entry in sorted(entries, key=lambda entry: entry["order"])]
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ReplayError(f"{path}: is not a sweep's ({error!r}); give another -o") from None
+            why = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+            again = "remove it, and the same command makes it anew from the cells' runs"
+            raise ReplayError(f"{path}: is damaged ({why}); {again}") from None
         if (version := document.get("schema_version")) != SCHEMA_VERSION:
             raise ReplayError(f"{path}: schema_version {version} is not this program's {SCHEMA_VERSION}")
         return cls(folder, document, cells)
+
+    def add(self, cells: Iterable[CellState]) -> None:
+        """Take new cells, each behind the others of its block; nothing is written."""
+        blocks: dict[Block, list[CellState]] = {}
+        for state in [*self.cells.values(), *cells]:
+            blocks.setdefault(state.cell.setting.block, []).append(state)
+        self.cells = {state.cell: state for states in blocks.values() for state in states}
 
     def put(self, *cells: CellState) -> None:
         """Take what is new of `cells`, and write all."""

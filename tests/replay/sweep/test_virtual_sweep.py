@@ -182,7 +182,7 @@ def _trace(folder):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"repeats": 3}, "repeats is 3, and was 2"),
+        ({"repeats": 1}, "repeats is 1, and was 2"),
         ({"grids": (Grid(tp=(2,)),)}, "tp is 2, and was 1,2"),
         ({"run": replace(PLAN.run, model="llama-2-7b")}, "model is llama-2-7b, and was None"),
     ],
@@ -192,6 +192,37 @@ def test_another_plan_is_refused_with_the_difference(whole, change, said):
     with pytest.raises(ReplayError, match=said):
         run_sweep(replace(PLAN, **change), whole, QuietProgress())
     assert (whole / "sweep.json").read_bytes() == before
+
+
+def test_repeats_can_be_added_and_those_before_stay(whole, tmp_path):
+    folder = tmp_path / "more"
+    shutil.copytree(whole, folder)
+    before = {cell["cell"]: Run.open(folder / cell["run"]).manifest["run_id"] for cell in complete(folder)}
+    run_sweep(replace(PLAN, repeats=3), folder, QuietProgress(), Asked(jobs=1))
+    after = {cell["cell"]: Run.open(folder / cell["run"]).manifest["run_id"] for cell in complete(folder)}
+    assert {name: after[name] for name in before} == before
+    assert set(after) - set(before) == {name[:-1] + "2" for name in before}
+    assert [cell["order"] for cell in without_times(folder)["cells"]] == list(range(24))
+    assert stored_plan(folder).repeats == 3
+    with pytest.raises(ReplayError, match="repeats is 2, and was 3"):
+        run_sweep(PLAN, folder, QuietProgress())
+
+
+def complete(folder):
+    return [cell for cell in without_times(folder)["cells"] if cell["state"] == "complete"]
+
+
+def test_a_damaged_state_says_what_to_do_and_that_helps(whole, tmp_path):
+    folder = tmp_path / "damaged"
+    shutil.copytree(whole, folder)
+    document = json.loads((folder / "sweep.json").read_text())
+    del document["cells"][0]["order"]
+    (folder / "sweep.json").write_text(json.dumps(document))
+    with pytest.raises(ReplayError, match=r"sweep\.json: is damaged \('order' is missing\); remove it, and the same"):
+        run_sweep(PLAN, folder, QuietProgress())
+    (folder / "sweep.json").unlink()
+    run_sweep(PLAN, folder, QuietProgress(), Asked(jobs=1))
+    assert without_times(folder) == without_times(whole)
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path):
