@@ -3,7 +3,7 @@
 import os
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 
 _BESIDE_PLAN = {"plan", "output", "dry_run", "retry_failed", "jobs", "quiet", "as_json"}
+_HOW_OFTEN = {"repeats", "until_ci", "max_repeats"}  # may be raised of a sweep that is there
 
 
 def sweep(
@@ -135,6 +136,7 @@ def sweep(
       replay sweep --mix chat --tp 2 --freq 1200,1980 --rate 1 --until-ci 5% -o sweep
       replay sweep --plan plan.toml --dry-run
       replay sweep -o sweep
+      replay sweep -o sweep --repeats 6
     """
     from replay.plan import RunOptions
     from replay.sweep.plan import Grid, SweepPlan
@@ -147,7 +149,14 @@ def sweep(
     if plan is not None:
         asked = read_plan(plan)
     elif trace is None and mix is None:
-        asked = stored_plan(_needed(output))
+        # More repeats are no other plan: where answers say that there is not enough data, a sweep goes on.
+        how_often: dict[str, Any] = {
+            "repeats": repeats,
+            "until_ci": None if until_ci is None else percent("--until-ci", until_ci),
+            "max_repeats": max_repeats,
+        }
+        given = {name: value for name, value in how_often.items() if name in _given(context)}
+        asked = replace(stored_plan(_needed(output)), **given)
     else:
         grid = Grid(
             tp=() if tp is None else parse_whole("--tp", tp),
@@ -223,12 +232,17 @@ def _show_plan(asked: "SweepPlan", *, as_json: bool) -> None:
         print_estimate(found)
 
 
+def _given(context: typer.Context) -> list[str]:
+    """What stands on the command line."""
+    return [name for name in context.params if str(context.get_parameter_source(name)).endswith("COMMANDLINE")]
+
+
 def _refuse_beside_plan(context: typer.Context, what: str) -> None:
     """Raise `ReplayError` for an option that describes cells, where `what` does."""
     if not what:
         return
-    given = [name for name in context.params if str(context.get_parameter_source(name)).endswith("COMMANDLINE")]
-    if others := [name for name in given if name not in _BESIDE_PLAN]:
+    beside = _BESIDE_PLAN if what == "--plan" else _BESIDE_PLAN | _HOW_OFTEN
+    if others := [name for name in _given(context) if name not in beside]:
         option = others[0] if others[0] == "trace" else f"--{others[0].replace('_', '-')}"
         where = "say it in the plan's file" if what == "--plan" else "a trace or --mix begins a sweep"
         raise ReplayError(f"{option} with {what}: the plan says what the cells are; {where}")

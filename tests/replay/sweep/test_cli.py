@@ -102,3 +102,14 @@ def test_a_dry_run_in_wall_time_counts_traces_rest_and_starts(run_cli):
     assert told["blocks"] == 2
     assert told["seconds"] > 142
     assert any("until idle power is back" in note for note in told["notes"])
+
+
+def test_a_sweep_goes_on_by_itself_with_more_repeats(run_cli, tmp_path):
+    asked = ("--mix", "chat", "--tp", "2", "--freq", "1200", "--rate", "1", "--duration", "10s", "--virtual")
+    assert run_cli(*asked, "--repeats", "1", "--quiet", "-o", "s")[0] == 0
+    code, out, err = run_cli("--repeats", "2", "--quiet", "--json", "-o", "s")
+    assert code == 0, err
+    assert [cell["repeat"] for cell in json.loads(out)["cells"]] == [0, 1]
+    code, _, err = run_cli("--tp", "4", "--quiet", "-o", "s")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "--tp with going on: the plan says what the cells are" in err
