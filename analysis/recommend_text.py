@@ -1,5 +1,6 @@
 """A recommendation for people: what is best, what it saves, how sure that is, and why the others lose."""
 
+import shlex
 from collections.abc import Sequence
 
 from analysis.groups import ALL
@@ -248,6 +249,9 @@ def closing(found: Recommendation) -> list[str]:
         )
     if any(answer.verdict == NONE for answer in found.answers):
         lines.append("where none keeps to the objectives: loosen --slo or --attainment, or add settings to the sweep")
+    if any(answer.verdict == OPEN for answer in found.answers):
+        more = f"replay sweep -o {shlex.quote(str(found.table.path))} --repeats N"
+        lines.append(f"where there is not enough data, more repeats go into the same folder: {more}")
     lines += [f"note: {remark}" for remark in found.table.remarks]
     # One answer's table has the reason of every setting.
     return lines if len(found.answers) == 1 else [*lines, *missing_lines(found.table)]

@@ -80,6 +80,7 @@ def test_where_the_interval_includes_zero_no_winner_is_claimed(table_of):
     assert answer.tied == (answer.runner_up.option.name,)
     assert answer.runner_up.apart.low_percent < 0 < answer.runner_up.apart.high_percent
     assert "not enough data to tell it from the runner-up" in answer_lines(found, answer)[1]
+    assert any(line.endswith("--repeats N") for line in closing(found))
     assert document(found)["answers"][0]["verdict"] == "not enough data"
 
 
