@@ -16,12 +16,11 @@ from analysis.bootstrap import Floats
 from analysis.groups import ALL
 from analysis.objectives import Objective, Wanted, objective
 from analysis.paired import Apart, Requests, apart
-from analysis.sweep import INVALID, MEANS, MISSING, SATURATED, SOUND, SweepTable, group_rank, half_interval
+from analysis.sweep import MEANS, MISSING, SATURATED, SOUND, SweepTable, group_rank, half_interval
 from analysis.sweep_file import SETTING
 from tracegen.errors import AnalysisError
 
 KNOBS = tuple(name for name in SETTING if name != "rate_rps")
-CLOCKS = "clocks_held"  # the verdict of that name
 CLEAR, OPEN, ALONE, NONE = "clear", "not enough data", "alone", "none"
 
 Pairs = Callable[[str, str, str], tuple[Floats, Floats] | str]  # runs a and b, group
@@ -51,6 +50,7 @@ class Option:
     value: float | None  # of the objective, the mean over repeats
     half: float | None  # half its 95 % interval over repeats
     figures: Mapping[str, Any]
+    clock_held: bool = True  # False: the GPUs' own limits kept them below it
     misses: tuple[Miss, ...] = ()
     unfit: str | None = None  # why it does not count at all
     values: Mapping[int, float] = field(default_factory=dict, repr=False)  # by repeat
@@ -177,8 +177,7 @@ def _option(row: Mapping[str, Any], rows: pl.DataFrame, unsound: pl.DataFrame, w
         of = bad.filter(pl.col("standing") == row["standing"])
         state = of["state"][0] if row["standing"] == MISSING else row["standing"]
         unfit = f"{state}: {_why(of) or 'no figures'}"
-        # What a clock that was asked for comes to is known even where the GPU did not hold it all the time.
-        mine = mine if row["standing"] == INVALID and _faults(bad) == {CLOCKS} else mine.clear()
+        mine = mine.clear()
     elif mine.is_empty():
         unfit = "no energy is known" if row["energy_per_request_j"] is None else "no request was answered"
     values = dict(zip(mine["repeat"].to_list(), mine["value"].to_list(), strict=True))
@@ -190,16 +189,12 @@ def _option(row: Mapping[str, Any], rows: pl.DataFrame, unsound: pl.DataFrame, w
         value=sum(values.values()) / len(values) if values else None,
         half=half_interval(list(values.values())),
         figures={name: row[name] for mean in MEANS for name in (mean, f"{mean}_half")},
+        clock_held=row["clock_held"] is not False,
         misses=() if unfit else _misses(row, wanted),
         unfit=unfit,
         values=values,
         runs=dict(zip(mine["repeat"].to_list(), mine["run"].to_list(), strict=True)),
     )
-
-
-def _faults(cells: pl.DataFrame) -> set[str]:
-    """The verdicts against `cells`."""
-    return set(cells["verdicts"].explode().drop_nulls())
 
 
 def _why(cells: pl.DataFrame) -> str | None:

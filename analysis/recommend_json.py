@@ -100,6 +100,7 @@ def _option(option: Option, price: float | None) -> dict[str, Any]:
         "setting": option.name,
         **_knobs(option),
         "standing": option.standing,
+        "clock_held": option.clock_held,
         "repeats": option.repeats,
         "planned": option.planned,
         "value": option.value,

@@ -23,6 +23,7 @@ from tracegen.console import plural
 
 S_PER_HOUR = 3600.0
 TIED_NAMED = 3
+NOT_HELD = "a clock that the GPUs' own limits did not let them hold under load"
 _NAMES = {"ttft": "TTFT", "tbt": "TBT", "e2e": "E2E", "all": "all at once"}
 
 
@@ -50,6 +51,8 @@ def answer_lines(found: Recommendation, answer: Answer, price: float | None = No
         lines.append(
             "  nothing to be believed has a higher clock at its TP or is faster: there is nothing to set it against"
         )
+    if not best.clock_held:
+        lines.append(f"  {best.name}: {NOT_HELD}")
     if best.repeats < best.planned:
         lines.append(f"  {best.name} has {best.repeats} of {best.planned} repeats")
     return lines
@@ -132,6 +135,8 @@ def _but(option: Option) -> str:
     """What to know of a setting that is compared with."""
     if option.unfit is not None:
         return f" ({option.unfit})"
+    if not option.clock_held:
+        return f" ({NOT_HELD})"
     return f" (misses {misses(option.misses)})" if option.misses else ""
 
 

@@ -207,7 +207,8 @@ def _verdicts(table: SweepTable, subjects: Sequence[Subject]) -> Section:
         rows.append([Cell(row["cell"]), Cell(row["state"]), Cell(row["standing"], ok=False), Cell(why)])
     sound = table.cells.height - len(rows)
     says = (
-        f"{sound} of {plural(table.cells.height, 'cell')} are sound: complete, and none of its verdicts is against it."
+        f"{sound} of {plural(table.cells.height, 'cell')} are sound: complete, and none of its verdicts is against it "
+        "(but for clocks that the GPUs' own limits did not let them hold)."
     )
     headings = ["cell", "state", "standing", "why"]
     listed = [Table("Cells that are not sound", headings, [True] * 4, rows, sorts=True)] if rows else []

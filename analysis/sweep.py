@@ -29,7 +29,7 @@ GROUPINGS = ("bucket", "label")
 # How far a cell can be believed, best first. Figures of one standing are never mixed with those of another.
 SOUND, INVALID, SATURATED, MISSING = STANDINGS = ("sound", "invalid", "saturated", "missing")
 MEANS = [name for name, dtype in FIGURES.items() if dtype.is_numeric()]
-_TOLD = ("valid", "verdicts", "invalid_because", "no_energy")
+_TOLD = ("valid", "verdicts", "invalid_because", "clock_held", "no_energy")
 # Other processes are worth their start of some 2 s each for so many cells that are not attributed yet, which takes some
 # 0.8 s each (2 min of chat at 1 request/s, two cores); reading one that is takes a twentieth of that.
 _POOL_CELLS = 8
@@ -47,6 +47,7 @@ CELLS = pl.Schema(
         "valid": pl.Boolean(),
         "verdicts": pl.List(pl.String()),
         "invalid_because": pl.List(pl.String()),
+        "clock_held": pl.Boolean(),
         "no_energy": pl.String(),
         **FIGURES,
     }
@@ -73,6 +74,7 @@ class SweepTable:
       and watts are of the meters of `scope`, idle included; `attributed_per_request_j` is without.
     - `groups`, one row a cell and group (`GROUPS`), `by` bucket or label. Joules are attributed, without idle.
     - `settings`, one row a setting and group (`all`, then the groups in order): `standing`, the best of its cells';
+      `clock_held`, false where in one of these the GPUs' own limits kept them below the clock asked for;
       `repeats`, how many of these there are, of `planned`; the mean of each figure over them, null for saturated and
       missing ones; `<figure>_half`, half the width of its 95 % interval by Student's t over repeats, null with one.
     - `missing`: (cell, state, why) of what has no figures.
@@ -203,7 +205,7 @@ def _standing(cell: Cell, found: CellFigures | None) -> str:
         return SATURATED
     if found is None or not _has(found):
         return MISSING
-    return SOUND if found.valid else INVALID
+    return SOUND if found.valid or found.clock_held is False else INVALID
 
 
 def _cells(sweep: SweepFile, known: Mapping[str, CellFigures]) -> pl.DataFrame:
@@ -241,7 +243,7 @@ def settings_of(cells: pl.DataFrame, groups: pl.DataFrame) -> pl.DataFrame:
     best = pl.col("standing").cast(pl.Enum(STANDINGS)).to_physical().min().over(*SETTING)
     ranked = cells.with_columns(best.alias("best"), pl.len().over(*SETTING).alias("planned"))
     whole = ranked.with_columns(pl.lit(ALL).alias("group"))
-    each = groups.join(ranked.select("cell", "best", "planned"), on="cell")
+    each = groups.join(ranked.select("cell", "best", "planned", "clock_held"), on="cell")
     rows = _in_order(pl.concat([whole, each], how="diagonal"))
     used = (pl.col("standing").to_physical() == pl.col("best")) & (pl.col("best") < STANDINGS.index(SATURATED))
     figures = pl.col(MEANS).filter(used)
@@ -249,6 +251,7 @@ def settings_of(cells: pl.DataFrame, groups: pl.DataFrame) -> pl.DataFrame:
         pl.col("standing").min().alias("standing"),
         used.sum().cast(pl.Int64).alias("repeats"),
         pl.col("planned").first().cast(pl.Int64),
+        pl.col("clock_held").filter(used).all(ignore_nulls=False),
         pl.col("tbt_source").drop_nulls().first(),
         figures.mean(),
         figures.std(ddof=1).name.suffix("_half"),

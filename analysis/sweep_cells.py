@@ -15,6 +15,9 @@ from replay.rundir import Run
 from tracegen.errors import AnalysisError, RunError
 
 PERCENTILES = (50.0, 99.0)
+# A run's verdict on its clocks, and the words by which it names what a GPU does at that setting every time, and what
+# it does when it is too hot or its supply fails (NVML's throttle reasons).
+CLOCKS, OWN_LIMITS, FAULTS = "clocks_held", ("software power cap", "MHz at most"), ("slowdown", "brake")
 OF_THAT_NAME = "all (label)"  # a group that is called as all requests together are
 _PER_GROUP = {  # of `analysis.groups.aggregate`
     "requests": "requests",
@@ -72,6 +75,18 @@ class CellFigures:
     verdicts: tuple[str, ...] = ()  # names of those that are against it
     why: str | None = None
     no_energy: str | None = None
+
+    @property
+    def clock_held(self) -> bool | None:
+        """False where all that is against the run is that its GPUs' own limits kept them below the clock asked for.
+
+        Such a run tells what this clock comes to there, and a repeat would tell the same; heat and faults do not.
+        """
+        if CLOCKS not in self.verdicts:
+            return None if self.valid is None else True
+        (because, *others) = self.invalid_because
+        own = any(words in because for words in OWN_LIMITS) and not any(words in because for words in FAULTS)
+        return False if own and not others else None
 
 
 def cell_figures(path: Path, by: str, scope: str, slo: Slo | None) -> CellFigures:

@@ -94,6 +94,7 @@ def rate_tables(table: SweepTable) -> list[tuple[str, list[str], list[list[str]]
 def _is(row: Mapping[str, Any]) -> str:
     """What keeps a setting's means from standing beside those of the others."""
     said = [] if row["standing"] == SOUND else [str(row["standing"])]
+    said += ["clock not held"] if row["clock_held"] is False else []
     few = row["standing"] != SATURATED and row["repeats"] < row["planned"]
     return ", ".join([*said, *([f"{row['repeats']} of {row['planned']} repeats"] if few else [])])
 
@@ -146,6 +147,8 @@ def remarks(table: SweepTable) -> list[str]:
     standings = set(table.settings["standing"])
     if SATURATED in standings:
         lines.append("saturated (sat.): more came than could be served, so figures would only tell how long it ran")
+    if not table.settings["clock_held"].all():
+        lines.append("clock not held: under load the GPUs' own limits kept them below the clock that was asked for")
     if "invalid" in standings:
         lines.append("invalid (in brackets): the runs' own verdicts are against them")
     lines += [f"note: {remark}" for remark in table.remarks]

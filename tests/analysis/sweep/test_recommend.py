@@ -128,16 +128,19 @@ def test_what_cannot_be_believed_is_not_chosen_and_says_why(table_of):
     }
 
 
-def test_a_clock_that_was_not_held_may_be_compared_with_but_not_chosen(table_of):
-    held = {"standing": "invalid", "verdicts": ["clocks_held"], "invalid_because": ["clocks_held: 1830 MHz at most"]}
-    rows = [*cells_of([100.0, 110.0, 90.0]), *cells_of([150.0, 166.0, 134.0], freq_mhz=1980.0, **held)]
+def test_a_clock_that_the_gpu_does_not_hold_is_a_setting_that_says_so(table_of):
+    rows = [*cells_of([100.0, 110.0, 90.0]), *cells_of([150.0, 166.0, 134.0], freq_mhz=1980.0, clock_held=False)]
     found = asked(table_of(rows))
     (answer,) = found.answers
-    assert answer.verdict == ALONE
+    assert answer.verdict == CLEAR
     (versus,) = answer.against
     assert versus.option.freq_mhz == 1980.0
     assert versus.apart.high_percent < 0
-    assert any("(invalid: clocks_held: 1830 MHz at most)" in line for line in answer_lines(found, answer))
+    assert any("did not let them hold under load)" in line for line in answer_lines(found, answer))
+    (best,) = asked(table_of([row for row in rows if row.get("freq_mhz")])).answers
+    assert best.best.clock_held is False
+    assert any("did not let them hold" in line for line in answer_lines(found, best))
+    assert document(found)["answers"][0]["best"]["clock_held"] is True
 
 
 def test_a_setting_is_called_invalid_for_what_is_invalid_and_not_for_what_is_missing(table_of):

@@ -129,6 +129,31 @@ def test_invalid_repeats_do_not_mix_with_sound_ones(sweep_dir):
     assert row["energy_per_request_j"] == pytest.approx(values[1])
 
 
+@pytest.mark.parametrize(
+    ("why", "others", "standing", "held"),
+    [
+        ("83.2% of readings within 15 MHz of 1005 MHz; software power cap", [], "sound", False),
+        ("0.0% of readings within 15 MHz of 1005 MHz; under load this GPU holds 900 MHz at most", [], "sound", False),
+        ("83.2% of readings within 15 MHz of 1005 MHz", [], "invalid", None),
+        ("83.2% of readings ...; software power cap; hardware thermal slowdown", [], "invalid", None),
+        ("83.2% of readings ...; software power cap", ["dispatch_lag: 40 ms"], "invalid", None),
+    ],
+)
+def test_a_clock_below_the_one_asked_for_is_the_settings_own_only_by_the_gpus_own_limits(
+    sweep_dir, why, others, standing, held
+):
+    for repeat in (0, 1):
+        path = sweep_dir / f"cells/tp2-1005MHz-1rps-r{repeat}/manifest.json"
+        document = json.loads(path.read_text())
+        verdicts = [v for v in document["verdicts"] if v["name"] != "clocks_held"]
+        verdicts.append({"name": "clocks_held", "ok": False, "value": 0.8, "bound": 0.99, "why": why})
+        because = [f"clocks_held: {why}", *others]
+        told = {"valid": False, "verdicts": verdicts, "invalid_because": because}
+        path.write_text(json.dumps({**document, **told}))
+    row = load_sweep(sweep_dir).settings.row(0, named=True)
+    assert (row["freq_mhz"], row["standing"], row["repeats"], row["clock_held"]) == (1005, standing, 2, held)
+
+
 def test_runs_of_different_models_or_engines_are_refused_with_both(sweep_dir):
     path = sweep_dir / "cells/tp4-1500MHz-1rps-r1/manifest.json"
     document = json.loads(path.read_text())
