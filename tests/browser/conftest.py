@@ -13,7 +13,8 @@ DESKTOP, PHONE = {"width": 1280, "height": 900}, {"width": 360, "height": 740}
 REQUIRED = "WATTRACE_BROWSER_REQUIRED"  # set where a missing browser is a mistake, as in .ci/run
 
 
-@pytest.fixture(scope="session")
+# Not longer than a file's tests: while it is there, a loop runs in this thread, and others cannot run theirs.
+@pytest.fixture(scope="module")
 def browser():
     """Chromium from the PATH, or the one that WATTRACE_BROWSER names."""
     path = os.environ.get("WATTRACE_BROWSER") or next(filter(None, map(shutil.which, NAMES)), None)
