@@ -13,8 +13,7 @@ import polars as pl
 from tracegen.console import plural
 from tracegen.importers.base import Batches, Format, Options, Report, first_line
 from tracegen.importers.columns import MAX_TIME_NS
-from tracegen.importers.mooncake import HASHED, Hash, Tokens
-from tracegen.importers.structs import struct_rows
+from tracegen.importers.mooncake import Hash, Tokens, hashed_rows
 from tracegen.sources import Source
 
 BLOCK_TOKENS = 16
@@ -45,19 +44,9 @@ def _recognises(start: bytes) -> bool:
 
 
 def _read(source: Source, options: Options) -> Batches:
-    for rows in struct_rows(source, Row):
-        yield rows.select(
-            "_line",
-            "_text",
-            "_why",
-            pl.col("timestamp").cast(pl.String).alias("_said"),
-            (pl.col("timestamp") * _NS_PER_S).round().cast(pl.Int64).alias("_time_ns"),
-            pl.col("chat_id").cast(pl.UInt64).alias("_chat"),
-            pl.col("parent_chat_id").alias("_parent_chat"),
-            *HASHED,
-            "type",
-            pl.col("turn").cast(pl.Int32),
-        )
+    time_ns = (pl.col("timestamp") * _NS_PER_S).round().cast(pl.Int64)
+    chat, parent = pl.col("chat_id").cast(pl.UInt64).alias("_chat"), pl.col("parent_chat_id").alias("_parent_chat")
+    return hashed_rows(source, Row, time_ns, chat, parent, "type", pl.col("turn").cast(pl.Int32))
 
 
 def _link(batches: Batches, options: Options, source: Source, report: Report) -> Batches:

@@ -26,7 +26,7 @@ _NS_PER_MS = 10**6
 Tokens = Annotated[int, msgspec.Meta(ge=1, le=MAX_TOKENS)]
 Hash = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 # Lengths and hashes as a trace has them.
-HASHED = (
+_HASHED = (
     pl.col("input_length").cast(pl.UInt32).alias("input_tokens"),
     pl.col("output_length").cast(pl.UInt32).alias("output_tokens"),
     pl.col("hash_ids").cast(pl.List(pl.UInt64)).alias("prefix_hashes"),
@@ -52,15 +52,14 @@ def _recognises(start: bytes) -> bool:
 
 
 def _read(source: Source, options: Options) -> Batches:
-    for rows in struct_rows(source, Row):
-        yield rows.select(
-            "_line",
-            "_text",
-            "_why",
-            pl.col("timestamp").cast(pl.String).alias("_said"),
-            (pl.col("timestamp") * _NS_PER_MS).alias("_time_ns"),
-            *HASHED,
-        )
+    return hashed_rows(source, Row, pl.col("timestamp") * _NS_PER_MS)
+
+
+def hashed_rows(source: Source, row: type[msgspec.Struct], time_ns: pl.Expr, *others: str | pl.Expr) -> Batches:
+    """Batches of lines that are each a `row` with the fields of `Row`; `others` are columns beside theirs."""
+    for rows in struct_rows(source, row):
+        said = pl.col("timestamp").cast(pl.String).alias("_said")
+        yield rows.select("_line", "_text", "_why", said, time_ns.alias("_time_ns"), *_HASHED, *others)
 
 
 def _spread(batches: Batches, options: Options, source: Source, report: Report) -> Batches:
